@@ -1,12 +1,24 @@
-"""What 4-bit quantization is: the spec that everything takes.
+"""What 4-bit quantization is: the spec that everything takes, and a reference that can be read.
 
-`Quantization` names how the frozen base's linear layers are stored.
+`Quantization` names how the frozen base's linear layers are stored; `bitsandbytes_config` hands that to
+transformers. The rest is the arithmetic behind it in plain torch, written to be read and to agree with
+bitsandbytes' CPU code to the last bit: codebooks (`codebook`), blockwise absmax, double quantization and packing
+(`quantize`), what it costs in bits (`bits_per_parameter`, `storage`) and in error (`quantization_error`,
+`lloyd_max`).
+
+Importing this module does not import torch.
+
+Sources: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), sections 2 and 3; 8-bit Optimizers via Block-wise
+Quantization (arXiv 2110.02861) for blockwise absmax and the dynamic 8-bit type; LLM.int8() (arXiv 2208.07339).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from .errors import KitError, unknown
@@ -118,3 +130,332 @@ def bitsandbytes_config(
             "llm_int8_skip_modules": skip,
         }
     return transformers.BitsAndBytesConfig(**options)
+
+
+# ---------------------------------------------------------------------------------------------- codebooks
+
+CODEBOOKS = ("nf4", "fp4", "int4", "e2m1", "e3m0")
+"""Sixteen levels by name: the three that train, and two 4-bit floats that the paper and the standards have."""
+
+
+def codebook(name: str) -> torch.Tensor:
+    """Return the sixteen levels that a 4-bit code stands for.
+
+    Args:
+        name: One of `CODEBOOKS`. `e2m1` and `e3m0` are for comparison only; no layer stores them.
+
+    Returns:
+        float32, shape [16], in the order of the codes (so not always sorted), the largest magnitude that is used
+        being 1.
+
+    Raises:
+        KitError: An unknown name.
+    """
+    makers = {
+        "nf4": _nf4_levels,
+        "fp4": _fp4_levels,
+        "int4": _int4_levels,
+        "e2m1": _e2m1_levels,
+        "e3m0": _e3m0_levels,
+    }
+    if name not in makers:
+        raise unknown("4-bit codebook", name, CODEBOOKS)
+    import torch
+
+    levels = torch.tensor(makers[name](), dtype=torch.float32)
+    # code 0 of the symmetric integers (-8) is never used: see _int4_levels
+    return levels / (7.0 if name == "int4" else levels.abs().max())
+
+
+def _nf4_levels() -> list[float]:
+    """NormalFloat4: levels that equally many normally distributed weights fall to (QLoRA, section 3).
+
+    Trained weights are close to normal with mean zero. A code used more often than another wastes bits, so the
+    paper wants levels at quantiles of the standard normal. Its equation 4,
+
+        q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2,
+
+    with Q the inverse of the normal's distribution function, cannot be used as it stands: Q(0) and Q(1) are
+    infinite, the usable i = 1..15 give 15 levels rather than 16, and none of them is exactly zero, which padding
+    and pruned weights need. The text below the equation repairs it: quantiles for the negative and the positive
+    half separately, one zero kept of the two.
+
+    bitsandbytes' table, which everybody means by NF4, departs from the equation in three ways. It takes quantiles
+    themselves, at evenly spaced probabilities, not midpoints between neighbours. It gives the positive half eight
+    levels and the negative half seven (a zero shared). And the outermost probability is
+
+        1 - (1/30 + 1/32) / 2 = 0.9677083,
+
+    the mean of half a bin cut off at 15 and at 16 levels, so that the outermost level is finite. Dividing by it
+    puts the levels in [-1, 1].
+
+    To the last bit: the probabilities are spaced in float32 and 0.9677083 has seven digits.
+    """
+    import torch
+
+    outermost = 0.9677083
+    positive = torch.linspace(outermost, 0.5, 9, dtype=torch.float32)[:-1].tolist()
+    negative = torch.linspace(outermost, 0.5, 8, dtype=torch.float32)[:-1].tolist()
+    quantile = NormalDist().inv_cdf
+    return sorted([-quantile(p) for p in negative] + [0.0] + [quantile(p) for p in positive])
+
+
+def _fp4_levels() -> list[float]:
+    """bitsandbytes' 4-bit float, from its bits `s e e m`: sign, two bits of exponent, one of mantissa.
+
+    The exponent field counts down: 01 stands for 8, 10 for 4, 11 for 2, and the mantissa adds half of that, so
+    the levels are 2, 3, 4, 6, 8, 12. Field 00 is the subnormal pair, 0 and 1/16. In a float of the usual kind
+    that last level would be half the smallest normal one, 1, and fill the gap below 2 (`e2m1`); 1/16 lies so
+    close to zero that its two codes (plus and minus) do little, and minus zero is a third.
+    """
+    magnitudes = [0.0, 2.0**-4]
+    for exponent in (8.0, 4.0, 2.0):
+        magnitudes += [exponent, exponent * 1.5]
+    return magnitudes + [-m for m in magnitudes]
+
+
+def _int4_levels() -> list[float]:
+    """The integers -7 to 7, equally spaced and symmetric, so that 0 stays 0 and -w has the code of -w.
+
+    Codes are k + 8. Fifteen of the sixteen are used: the sixteenth, code 0, would be -8, which is further out
+    than the block's largest weight and so nearest to nothing. It is the price of symmetry; four bits then carry
+    log2(15) = 3.907.
+    """
+    return [float(k) for k in range(-8, 8)]
+
+
+def _e2m1_levels() -> list[float]:
+    """The 4-bit float of the OCP microscaling standard: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    return magnitudes + [-m for m in magnitudes]
+
+
+def _e3m0_levels() -> list[float]:
+    """A sign and three bits of exponent: 0 and seven powers of two, and their negatives."""
+    magnitudes = [0.0] + [2.0**k for k in range(7)]
+    return magnitudes + [-m for m in magnitudes]
+
+
+@functools.cache
+def _decision(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Midpoints between neighbouring levels (float32, [15]), and the code of each of the 16 intervals."""
+    import torch
+
+    levels = codebook(name)
+    order = torch.argsort(levels)  # not stable: which of fp4's two zeros comes first is torch's choice
+    ascending = levels[order]
+    return (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
+
+
+@functools.cache
+def dynamic_codebook() -> torch.Tensor:
+    """The signed 8-bit dynamic type that double quantization stores scales in (arXiv 2110.02861, section 1.3).
+
+    A byte is a sign, a run of zeros that says by which power of ten to shrink, a one, and the rest is a linear
+    fraction in [0.1, 1): seven decades, the largest with the finest steps.
+
+    Returns:
+        float32, shape [256], ascending, from -0.993 to 1.
+    """
+    import torch
+
+    levels = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        fractions = (10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += fractions + [-fraction for fraction in fractions]
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+@functools.cache
+def _dynamic_table() -> torch.Tensor:
+    """The code nearest to each of 65,536 evenly spaced values in [-1, 1]: uint8, [65536]."""
+    import torch
+
+    levels = dynamic_codebook().double()
+    grid = torch.arange(65536, dtype=torch.float64) / 65535 * 2 - 1
+    return torch.bucketize(grid, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- quantize
+
+_SMALLEST_SCALE = 1e-38
+"""Blocks whose largest weight is below this become zeros, as in bitsandbytes: its reciprocal would overflow."""
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A tensor stored in 4 bits.
+
+    Attributes:
+        spec: How.
+        shape: The original's shape.
+        dtype: The original's dtype.
+        packed: The codes, uint8, [ceil(n / 2)]: two a byte, the first in the upper half.
+        absmax: One scale a block, float32, [blocks]; with double quantization their 8-bit codes, uint8.
+        nested_absmax: With double quantization one scale for each 256 block scales, float32; else None.
+        offset: With double quantization the mean of the block scales, float32, []; else None.
+        levels: The codebook, float32, [16].
+    """
+
+    spec: Quantization
+    shape: torch.Size
+    dtype: torch.dtype
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
+    levels: torch.Tensor
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The codes one by one: uint8, [n]."""
+        import torch
+
+        return torch.stack((self.packed >> 4, self.packed & 15), dim=1).reshape(-1)[: self.shape.numel()]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        """The block scales as they are used, i.e. after double quantization: float32, [blocks]."""
+        return block_scales(self.absmax, self.nested_absmax, self.offset)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the tensor that the stored bits stand for, in its own shape.
+
+        Args:
+            dtype: Of the result; the original's by default. The product is taken in float32 and rounded once.
+        """
+        values = self.levels[self.codes.long()]
+        return _times_blocks(values, self.scales, self.spec.block_size).reshape(self.shape).to(dtype or self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored tensors take (the codebooks, shared by all layers, not counted)."""
+        stored = (self.packed, self.absmax, self.nested_absmax, self.offset)
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits stored for each original weight."""
+        return 8 * self.nbytes / self.shape.numel()
+
+
+def quantize(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = None) -> Quantized:
+    """Store a tensor in 4 bits: scale each block by its largest magnitude, keep the nearest level's code.
+
+    Agrees with bitsandbytes' CPU code for nf4 and fp4 to the last bit, which takes its roundings too: whole
+    blocks are multiplied by 1 / absmax while a last, shorter block is divided by it, and a value exactly between
+    two levels goes to the lower one.
+
+    Args:
+        tensor: Floating point, any shape; flattened row by row, blocks may span rows.
+        spec: A 4-bit scheme.
+        levels: Use this one of `CODEBOOKS` instead of the scheme's own (for comparisons).
+
+    Returns:
+        The codes and what is needed to undo them.
+
+    Raises:
+        KitError: The scheme has no 4-bit codes, or the tensor is empty or holds NaN or infinity.
+    """
+    import torch
+
+    if not spec.is_4bit:
+        raise KitError(f"scheme {spec.scheme!r} has no 4-bit codes; 4-bit schemes: {', '.join(FOUR_BIT)}")
+    if tensor.numel() == 0:
+        raise KitError("an empty tensor cannot be quantized: it has no largest value")
+    flat = tensor.detach().reshape(-1).float()
+    if not torch.isfinite(flat).all():
+        raise KitError("the tensor holds NaN or infinity: one such weight would erase its whole block")
+
+    name = levels or spec.scheme
+    absmax = _block_absmax(flat, spec.block_size)
+    whole = flat.numel() // spec.block_size * spec.block_size
+    reciprocals = 1.0 / absmax.clamp(min=_SMALLEST_SCALE)
+    scaled = _times_blocks(flat, reciprocals, spec.block_size)
+    if whole < flat.numel():
+        absmax[-1].clamp_(min=_SMALLEST_SCALE)
+        scaled[whole:] = flat[whole:] / absmax[-1]
+    scaled.clamp_(-1, 1)
+    if scaled.numel() % 2:
+        scaled = torch.cat([scaled, scaled.new_zeros(1)])
+
+    midpoints, code_of = (part.to(flat.device) for part in _decision(name))
+    codes = code_of[torch.bucketize(scaled, midpoints, out_int32=True)]
+    packed = (codes[::2] << 4) | codes[1::2]
+    nested_absmax = offset = None
+    if spec.nested:
+        offset = absmax.mean()
+        if not torch.isfinite(offset):
+            raise KitError("the weights are too large for double quantization: the mean of their scales overflows")
+        absmax, nested_absmax = _quantize_8bit(absmax - offset)
+    return Quantized(
+        spec, tensor.shape, tensor.dtype, packed, absmax, nested_absmax, offset, codebook(name).to(flat.device)
+    )
+
+
+def block_scales(
+    absmax: torch.Tensor, nested_absmax: torch.Tensor | None, offset: torch.Tensor | None
+) -> torch.Tensor:
+    """Undo double quantization (QLoRA, section 3): code times the group's scale, plus the mean.
+
+    Args:
+        absmax: uint8 codes of the block scales, [blocks]; or the scales themselves, float32, returned as they are.
+        nested_absmax: One scale for each `NESTED_BLOCK_SIZE` codes, float32, or None.
+        offset: The mean that was taken off before the scales were quantized, float32, [], or None.
+
+    Returns:
+        float32, [blocks].
+    """
+    if nested_absmax is None or offset is None:
+        return absmax
+    codes = _on(dynamic_codebook, absmax.device)[absmax.int()]
+    return _times_blocks(codes, nested_absmax, NESTED_BLOCK_SIZE) + offset
+
+
+@functools.cache
+def _on(maker: Any, device: torch.device) -> torch.Tensor:
+    """Return a constant table on a device, made once."""
+    return maker().to(device)
+
+
+def _block_absmax(flat: torch.Tensor, block_size: int) -> torch.Tensor:
+    """The largest magnitude in each block, the last block being shorter where the size does not divide."""
+    import torch
+
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size))
+    return padded.abs().reshape(-1, block_size).amax(dim=1)
+
+
+def _times_blocks(flat: torch.Tensor, factors: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Multiply each block of a flat tensor by its factor, the last block being shorter maybe."""
+    import torch
+
+    whole = flat.numel() // block_size
+    result = torch.empty_like(flat)
+    torch.mul(
+        flat[: whole * block_size].view(-1, block_size),
+        factors[:whole, None],
+        out=result[: whole * block_size].view(-1, block_size),
+    )
+    if flat.numel() % block_size:
+        torch.mul(flat[whole * block_size :], factors[whole], out=result[whole * block_size :])
+    return result
+
+
+def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize block scales (mean removed) to the dynamic 8-bit type in blocks of 256.
+
+    bitsandbytes looks the code up in a table of 65,536 entries rather than searching the levels, so a value close
+    to the middle between two of them can get the further one. So does this.
+
+    Returns:
+        uint8 codes, [n], and float32 absmax, [ceil(n / 256)].
+    """
+    import torch
+
+    absmax = _block_absmax(values, NESTED_BLOCK_SIZE)
+    # in a group of zeros 0 * (1 / 0) is NaN; bitsandbytes gives it code 0, and its scale of 0 makes it 0 again
+    scaled = _times_blocks(values, 1.0 / absmax, NESTED_BLOCK_SIZE).clamp(-1, 1).nan_to_num(nan=-1.0)
+    slots = torch.floor((scaled + 1) / 2 * 65535 + 0.5).long()
+    return _on(_dynamic_table, values.device)[slots], absmax
