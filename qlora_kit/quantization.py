@@ -2,14 +2,15 @@
 
 `Quantization` names how the frozen base's linear layers are stored; `bitsandbytes_config` hands that to
 transformers. The rest is the arithmetic behind it in plain torch, written to be read and to agree with
-bitsandbytes' CPU code to the last bit: codebooks (`codebook`), blockwise absmax, double quantization and packing
-(`quantize`), what it costs in bits (`bits_per_parameter`, `storage`) and in error (`quantization_error`,
-`lloyd_max`).
+bitsandbytes' CPU code to the last bit: codebooks (`codebook`), blockwise absmax, double quantization and
+packing (`quantize`), what it costs in bits (`bits_per_parameter`, `storage`) and in error
+(`quantization_error`, `lloyd_max`).
 
 Importing this module does not import torch.
 
 Sources: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), sections 2 and 3; 8-bit Optimizers via Block-wise
-Quantization (arXiv 2110.02861) for blockwise absmax and the dynamic 8-bit type; LLM.int8() (arXiv 2208.07339).
+Quantization (arXiv 2110.02861) for blockwise absmax and the dynamic 8-bit type; LLM.int8() (arXiv
+2208.07339).
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def bitsandbytes_config(
 
     Returns:
         The configuration, or None for `none` and for `int4`: bitsandbytes has no 4-bit integers, and
-        `BitsAndBytesConfig(bnb_4bit_quant_type="int4")` fails only once the first weight is loaded. For `int4`
-        use `qlora_kit.int4.quantize_linears_`.
+        `BitsAndBytesConfig(bnb_4bit_quant_type="int4")` fails only once the first weight is loaded. For
+        `int4` use `qlora_kit.int4.quantize_linears_`.
 
     Raises:
         KitError: A block size that bitsandbytes' layers cannot be given through transformers.
@@ -135,7 +136,8 @@ def bitsandbytes_config(
 # ---------------------------------------------------------------------------------------------- codebooks
 
 CODEBOOKS = ("nf4", "fp4", "int4", "e2m1", "e3m0")
-"""Sixteen levels by name: the three that train, and two 4-bit floats that the paper and the standards have."""
+"""Sixteen levels by name: the three that train, and two 4-bit floats that the paper and the standards
+have."""
 
 
 def codebook(name: str) -> torch.Tensor:
@@ -145,8 +147,8 @@ def codebook(name: str) -> torch.Tensor:
         name: One of `CODEBOOKS`. `e2m1` and `e3m0` are for comparison only; no layer stores them.
 
     Returns:
-        float32, shape [16], in the order of the codes (so not always sorted), the largest magnitude that is used
-        being 1.
+        float32, shape [16], in the order of the codes (so not always sorted), the largest magnitude that is
+        used being 1.
 
     Raises:
         KitError: An unknown name.
@@ -170,24 +172,24 @@ def codebook(name: str) -> torch.Tensor:
 def _nf4_levels() -> list[float]:
     """NormalFloat4: levels that equally many normally distributed weights fall to (QLoRA, section 3).
 
-    Trained weights are close to normal with mean zero. A code used more often than another wastes bits, so the
-    paper wants levels at quantiles of the standard normal. Its equation 4,
+    Trained weights are close to normal with mean zero. A code used more often than another wastes bits, so
+    the paper wants levels at quantiles of the standard normal. Its equation 4,
 
         q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2,
 
     with Q the inverse of the normal's distribution function, cannot be used as it stands: Q(0) and Q(1) are
-    infinite, the usable i = 1..15 give 15 levels rather than 16, and none of them is exactly zero, which padding
-    and pruned weights need. The text below the equation repairs it: quantiles for the negative and the positive
-    half separately, one zero kept of the two.
+    infinite, the usable i = 1..15 give 15 levels rather than 16, and none of them is exactly zero, which
+    padding and pruned weights need. The text below the equation repairs it: quantiles for the negative and
+    the positive half separately, one zero kept of the two.
 
-    bitsandbytes' table, which everybody means by NF4, departs from the equation in three ways. It takes quantiles
-    themselves, at evenly spaced probabilities, not midpoints between neighbours. It gives the positive half eight
-    levels and the negative half seven (a zero shared). And the outermost probability is
+    bitsandbytes' table, which everybody means by NF4, departs from the equation in three ways. It takes
+    quantiles themselves, at evenly spaced probabilities, not midpoints between neighbours. It gives the
+    positive half eight levels and the negative half seven (a zero shared). And the outermost probability is
 
         1 - (1/30 + 1/32) / 2 = 0.9677083,
 
-    the mean of half a bin cut off at 15 and at 16 levels, so that the outermost level is finite. Dividing by it
-    puts the levels in [-1, 1].
+    the mean of half a bin cut off at 15 and at 16 levels, so that the outermost level is finite. Dividing by
+    it puts the levels in [-1, 1].
 
     To the last bit: the probabilities are spaced in float32 and 0.9677083 has seven digits.
     """
@@ -201,12 +203,12 @@ def _nf4_levels() -> list[float]:
 
 
 def _fp4_levels() -> list[float]:
-    """bitsandbytes' 4-bit float, from its bits `s e e m`: sign, two bits of exponent, one of mantissa.
+    """The 4-bit float of bitsandbytes, from its bits `s e e m`: sign, two bits of exponent, one of mantissa.
 
-    The exponent field counts down: 01 stands for 8, 10 for 4, 11 for 2, and the mantissa adds half of that, so
-    the levels are 2, 3, 4, 6, 8, 12. Field 00 is the subnormal pair, 0 and 1/16. In a float of the usual kind
-    that last level would be half the smallest normal one, 1, and fill the gap below 2 (`e2m1`); 1/16 lies so
-    close to zero that its two codes (plus and minus) do little, and minus zero is a third.
+    The exponent field counts down: 01 stands for 8, 10 for 4, 11 for 2, and the mantissa adds half of that,
+    so the levels are 2, 3, 4, 6, 8, 12. Field 00 is the subnormal pair, 0 and 1/16. In a float of the usual
+    kind that last level would be half the smallest normal one, 1, and fill the gap below 2 (`e2m1`); 1/16
+    lies so close to zero that its two codes (plus and minus) do little, and minus zero is a third.
     """
     magnitudes = [0.0, 2.0**-4]
     for exponent in (8.0, 4.0, 2.0):
@@ -218,8 +220,8 @@ def _int4_levels() -> list[float]:
     """The integers -7 to 7, equally spaced and symmetric, so that 0 stays 0 and -w has the code of -w.
 
     Codes are k + 8. Fifteen of the sixteen are used: the sixteenth, code 0, would be -8, which is further out
-    than the block's largest weight and so nearest to nothing. It is the price of symmetry; four bits then carry
-    log2(15) = 3.907.
+    than the block's largest weight and so nearest to nothing. It is the price of symmetry; four bits then
+    carry log2(15) = 3.907.
     """
     return [float(k) for k in range(-8, 8)]
 
@@ -249,10 +251,11 @@ def _decision(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def dynamic_codebook() -> torch.Tensor:
-    """The signed 8-bit dynamic type that double quantization stores scales in (arXiv 2110.02861, section 1.3).
+    """The signed 8-bit dynamic type that double quantization stores scales in (arXiv 2110.02861, section
+    1.3).
 
-    A byte is a sign, a run of zeros that says by which power of ten to shrink, a one, and the rest is a linear
-    fraction in [0.1, 1): seven decades, the largest with the finest steps.
+    A byte is a sign, a run of zeros that says by which power of ten to shrink, a one, and the rest is a
+    linear fraction in [0.1, 1): seven decades, the largest with the finest steps.
 
     Returns:
         float32, shape [256], ascending, from -0.993 to 1.
@@ -280,7 +283,8 @@ def _dynamic_table() -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- quantize
 
 _SMALLEST_SCALE = 1e-38
-"""Blocks whose largest weight is below this become zeros, as in bitsandbytes: its reciprocal would overflow."""
+"""Blocks whose largest weight is below this become zeros, as in bitsandbytes: its reciprocal would
+overflow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,7 +330,11 @@ class Quantized:
             dtype: Of the result; the original's by default. The product is taken in float32 and rounded once.
         """
         values = self.levels[self.codes.long()]
-        return _times_blocks(values, self.scales, self.spec.block_size).reshape(self.shape).to(dtype or self.dtype)
+        return (
+            _times_blocks(values, self.scales, self.spec.block_size)
+            .reshape(self.shape)
+            .to(dtype or self.dtype)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -344,8 +352,8 @@ def quantize(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = N
     """Store a tensor in 4 bits: scale each block by its largest magnitude, keep the nearest level's code.
 
     Agrees with bitsandbytes' CPU code for nf4 and fp4 to the last bit, which takes its roundings too: whole
-    blocks are multiplied by 1 / absmax while a last, shorter block is divided by it, and a value exactly between
-    two levels goes to the lower one.
+    blocks are multiplied by 1 / absmax while a last, shorter block is divided by it, and a value exactly
+    between two levels goes to the lower one.
 
     Args:
         tensor: Floating point, any shape; flattened row by row, blocks may span rows.
@@ -387,11 +395,12 @@ def quantize(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = N
     if spec.nested:
         offset = absmax.mean()
         if not torch.isfinite(offset):
-            raise KitError("the weights are too large for double quantization: the mean of their scales overflows")
+            raise KitError(
+                "the weights are too large for double quantization: the mean of their scales overflows"
+            )
         absmax, nested_absmax = _quantize_8bit(absmax - offset)
-    return Quantized(
-        spec, tensor.shape, tensor.dtype, packed, absmax, nested_absmax, offset, codebook(name).to(flat.device)
-    )
+    table = codebook(name).to(flat.device)
+    return Quantized(spec, tensor.shape, tensor.dtype, packed, absmax, nested_absmax, offset, table)
 
 
 def block_scales(
@@ -400,7 +409,8 @@ def block_scales(
     """Undo double quantization (QLoRA, section 3): code times the group's scale, plus the mean.
 
     Args:
-        absmax: uint8 codes of the block scales, [blocks]; or the scales themselves, float32, returned as they are.
+        absmax: uint8 codes of the block scales, [blocks]; or the scales themselves, float32, returned as they
+            are.
         nested_absmax: One scale for each `NESTED_BLOCK_SIZE` codes, float32, or None.
         offset: The mean that was taken off before the scales were quantized, float32, [], or None.
 
@@ -446,8 +456,8 @@ def _times_blocks(flat: torch.Tensor, factors: torch.Tensor, block_size: int) ->
 def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize block scales (mean removed) to the dynamic 8-bit type in blocks of 256.
 
-    bitsandbytes looks the code up in a table of 65,536 entries rather than searching the levels, so a value close
-    to the middle between two of them can get the further one. So does this.
+    bitsandbytes looks the code up in a table of 65,536 entries rather than searching the levels, so a value
+    close to the middle between two of them can get the further one. So does this.
 
     Returns:
         uint8 codes, [n], and float32 absmax, [ceil(n / 256)].
@@ -455,7 +465,8 @@ def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     import torch
 
     absmax = _block_absmax(values, NESTED_BLOCK_SIZE)
-    # in a group of zeros 0 * (1 / 0) is NaN; bitsandbytes gives it code 0, and its scale of 0 makes it 0 again
+    # in a group of zeros 0 * (1 / 0) is NaN; bitsandbytes gives it code 0, and its scale of 0 makes it 0
+    # again
     scaled = _times_blocks(values, 1.0 / absmax, NESTED_BLOCK_SIZE).clamp(-1, 1).nan_to_num(nan=-1.0)
     slots = torch.floor((scaled + 1) / 2 * 65535 + 0.5).long()
     return _on(_dynamic_table, values.device)[slots], absmax
