@@ -138,9 +138,7 @@ class TextData:
             "checksum": self.checksum,
             "rows": {name: len(split) for name, split in self.splits().items()},
             "classes": len(names),
-            "class_sizes": {
-                label: {split: sizes[split][i] for split in _SPLITS} for i, label in enumerate(names)
-            },
+            "class_sizes": {label: {split: sizes[split][i] for split in _SPLITS} for i, label in enumerate(names)},
             "leaked_test": {
                 "count": len(leaked),
                 "indices": list(leaked),
@@ -282,10 +280,8 @@ def text_classification(
     spec = _spec(name="memory", test=fraction, **shared)
     if isinstance(train, str):
         path = _existing_file(train)
-        if path is None:
-            rows = _hub_tables(dataclasses.replace(spec, name=train))[0]
-        else:
-            rows = _read_file(path, text, label)
+        from_hub = dataclasses.replace(spec, name=train)
+        rows = _read_file(path, text, label) if path is not None else _hub_tables(from_hub)[0]
         return _from_parts(spec, rows, _table(test, text, label, "test"))
     if _is_dict_of_tables(train):
         return _from_parts(spec, *_dict_tables(train, test, spec, "the data"))
@@ -295,9 +291,7 @@ def text_classification(
         if path is None:
             raise KitError(f"there is no file {test!r} to test on")
         return _from_parts(spec, rows, _read_file(path, text, label))
-    return _from_parts(
-        spec, rows, fraction if test is None or fraction else _table(test, text, label, "test")
-    )
+    return _from_parts(spec, rows, fraction if test is None or fraction else _table(test, text, label, "test"))
 
 
 def load_saved(folder: str | Path) -> TextData:
@@ -564,9 +558,7 @@ class LengthBatchSampler:
         rest = rows[n - n % size :]  # random rows, so that the short batch is no haven of the longest
         full = rows[: n - n % size]
         batches: list[np.ndarray] = []
-        for some in np.array_split(
-            np.arange(len(full) // size), windows
-        ):  # windows of like size: no small last one
+        for some in np.array_split(np.arange(len(full) // size), windows):  # windows of like size: no small last one
             part = full[some[0] * size : (some[-1] + 1) * size] if len(some) else full[:0]
             part = part[np.argsort(keys[part], kind="stable")]
             batches += [part[i : i + size] for i in range(0, len(part), size)]
@@ -627,9 +619,7 @@ class _Rows(NamedTuple):
 
 def _banking77(spec: DataSpec) -> TextData:
     if spec.test is not None or spec.revision is not None:
-        raise KitError(
-            "banking77 comes with its own test rows, in one version: leave data.test and data.revision out"
-        )
+        raise KitError("banking77 comes with its own test rows, in one version: leave data.test and data.revision out")
     folder = resources.files(__package__) / "datasets" / "banking77"
     content = {}
     for name, expected in BANKING77_SHA256.items():
@@ -638,9 +628,7 @@ def _banking77(spec: DataSpec) -> TextData:
         except OSError as error:
             raise KitError(f"{folder / name} is missing: install qlora_kit again") from error
         if hashlib.sha256(content[name]).hexdigest() != expected:
-            raise KitError(
-                f"{folder / name} is not Banking77's as published (its checksum differs): install again"
-            )
+            raise KitError(f"{folder / name} is not Banking77's as published (its checksum differs): install again")
     names = tuple(json.loads(content["categories.json"]))
     train = _parse_csv(content["train.csv"], "banking77/train.csv", "text", "category")
     test = _parse_csv(content["test.csv"], "banking77/test.csv", "text", "category")
@@ -660,15 +648,11 @@ def _existing_file(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() not in _SUFFIXES:
-            raise KitError(
-                f"{name}: files end in {', '.join(_SUFFIXES)}; this one has {path.suffix or 'no ending'!r}"
-            )
+            raise KitError(f"{name}: files end in {', '.join(_SUFFIXES)}; this one has {path.suffix or 'no ending'!r}")
         return path
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)[:5]
-        raise KitError(
-            f"{name} is a folder: name the file in it" + (f", e.g. {path / inside[0]}" if inside else "")
-        )
+        raise KitError(f"{name} is a folder: name the file in it" + (f", e.g. {path / inside[0]}" if inside else ""))
     pathlike = (
         path.suffix.lower() in (*_SUFFIXES, *_OTHER_SUFFIXES)
         or path.is_absolute()
@@ -691,9 +675,7 @@ def _nearest_file(path: Path) -> str | None:
     folder = path.parent if path.parent.is_dir() else Path()
     patterns = ("*",) if path.parent.is_dir() else ("*", "*/*")
     try:
-        found = [p for pattern in patterns for p in folder.glob(pattern) if p.suffix.lower() in _SUFFIXES][
-            :1000
-        ]
+        found = [p for pattern in patterns for p in folder.glob(pattern) if p.suffix.lower() in _SUFFIXES][:1000]
     except OSError:
         return None
     by_path = nearest(str(path), [str(p) for p in found])
@@ -731,9 +713,7 @@ def _parse_csv(raw: bytes, source: str, text: str, label: str, delimiter: str = 
         ) from error
     if "\0" in content:
         line = _line_at(raw, raw.index(b"\0"))
-        raise KitError(
-            f"{source}, line {line}: a NUL character; the file is damaged, or encoded as UTF-16 or 32"
-        )
+        raise KitError(f"{source}, line {line}: a NUL character; the file is damaged, or encoded as UTF-16 or 32")
     previous_limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
     try:
         delimiter, header_lines, columns = _csv_header(content, source, text, label, delimiter)
@@ -766,9 +746,7 @@ def _parse_csv(raw: bytes, source: str, text: str, label: str, delimiter: str = 
     return rows
 
 
-def _csv_header(
-    content: str, source: str, text: str, label: str, delimiter: str
-) -> tuple[str, int, list[str]]:
+def _csv_header(content: str, source: str, text: str, label: str, delimiter: str) -> tuple[str, int, list[str]]:
     """Find the delimiter under which the header has both columns: delimiter, the header's lines, columns."""
     seen: list[tuple[str, int, list[str]]] = []
     for candidate in (delimiter, *(d for d in _DELIMITERS if d != delimiter)):
@@ -808,9 +786,7 @@ def _read_parquet(path: Path, text: str, label: str) -> _Rows:
         table = file.read(columns=[text, label])
         texts, labels = table.column(text).to_pylist(), table.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise KitError(
-            f"{path} cannot be read as Parquet: it is damaged or cut off ({_first_line(error)})"
-        ) from error
+        raise KitError(f"{path} cannot be read as Parquet: it is damaged or cut off ({_first_line(error)})") from error
     return _checked(str(path), texts, labels, _RowNumbers(len(texts)), text, label)
 
 
@@ -847,11 +823,7 @@ def _table(thing: Any, text: str, label: str, source: str) -> _Rows:
         columns = list(thing.columns)
         for name in (text, label):
             if columns.count(name) != 1:
-                problem = (
-                    unknown("column", name, columns)
-                    if name not in columns
-                    else f"two columns called {name!r}"
-                )
+                problem = unknown("column", name, columns) if name not in columns else f"two columns called {name!r}"
                 raise KitError(f"{source}: {problem}")
         texts, labels = thing[text].tolist(), thing[label].tolist()
     else:
@@ -907,9 +879,7 @@ def _test_table(spec: DataSpec) -> _Rows | float | None:
     return _read_file(path, spec.text, spec.label)
 
 
-def _checked(
-    source: str, texts: list[Any], labels: list[Any], places: Sequence[str], text: str, label: str
-) -> _Rows:
+def _checked(source: str, texts: list[Any], labels: list[Any], places: Sequence[str], text: str, label: str) -> _Rows:
     """Check every cell; name the first row at fault and how many more there are."""
     if not texts:
         raise KitError(f"{source} has no rows")
@@ -958,9 +928,7 @@ def _kind(label: Any) -> str | None:
 def _missing(value: Any) -> bool:
     # pandas' NA and NaT are told by name, so that pandas is not imported for it.
     return (
-        value is None
-        or type(value).__name__ in ("NAType", "NaTType")
-        or (isinstance(value, float) and value != value)
+        value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
     )
 
 
@@ -997,9 +965,7 @@ def _from_parts(
         whole = all(re.fullmatch(r"-?(0|[1-9]\d*)", name) for name in present)
         names = tuple(sorted(present, key=int) if whole else sorted(present))
     if len(names) < 2:
-        raise KitError(
-            f"{train.source}: every row has the label {names[0]!r}; a classifier needs two or more"
-        )
+        raise KitError(f"{train.source}: every row has the label {names[0]!r}; a classifier needs two or more")
     index = {name: i for i, name in enumerate(names)}
     rng = np.random.RandomState(spec.split_seed % 2**32)
     pool = _as_split(train, index)
@@ -1026,14 +992,10 @@ def _from_parts(
     if spec.limit is not None and spec.limit < len(pool):
         classes = len(set(pool.labels))
         if spec.limit < classes:
-            raise KitError(
-                f"data.limit is {spec.limit}, but there are {classes} labels: allowed is {classes} or more"
-            )
+            raise KitError(f"data.limit is {spec.limit}, but there are {classes} labels: allowed is {classes} or more")
         share = spec.limit / len(pool)
         pool = pool.take(_stratified(pool.labels, spec.limit, rng, least=1))
-        validation = validation.take(
-            _stratified(validation.labels, max(1, round(len(validation) * share)), rng)
-        )
+        validation = validation.take(_stratified(validation.labels, max(1, round(len(validation) * share)), rng))
         held = held.take(_stratified(held.labels, max(1, round(len(held) * share)), rng))
     return TextData(spec=spec, label_names=names, train=pool, validation=validation, test=held)
 
@@ -1049,9 +1011,7 @@ def _as_split(rows: _Rows, index: Mapping[str, int]) -> Split:
     return Split(tuple(rows.texts), tuple(index[name] for name in rows.labels))
 
 
-def _hold_out(
-    pool: Split, share: float, rng: np.random.RandomState, source: str, what: str
-) -> tuple[Split, Split]:
+def _hold_out(pool: Split, share: float, rng: np.random.RandomState, source: str, what: str) -> tuple[Split, Split]:
     """Split `share` of the rows off, stratified; every label keeps at least one row in the first part."""
     size = math.ceil(len(pool) * share - 1e-9)
     classes = len(set(pool.labels))
