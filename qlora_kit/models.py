@@ -172,9 +172,7 @@ def _from_gguf(file: Path, checksum: str) -> Path:
         raise KitError(f"reading {file.name} needs the package gguf: pip install 'gguf>=0.17'")
     logger.warning("Converting %s once, into %s", file.name, folder)
     with quiet():
-        read = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
+        read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         config = transformers.AutoConfig.for_model(
             **{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
         )
@@ -183,7 +181,11 @@ def _from_gguf(file: Path, checksum: str) -> Path:
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         # Which tokens a GGUF file's tokenizer calls pad and end differs between transformers' versions; these
         # are SmolLM2-Instruct's own.
-        tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = "<|im_end|>", "<|im_end|>", "<|im_start|>"
+        tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token = (
+            "<|im_end|>",
+            "<|im_end|>",
+            "<|im_start|>",
+        )
         for part in (fresh.config, fresh.generation_config):
             part.pad_token_id = part.eos_token_id = tokenizer.eos_token_id
             part.bos_token_id = tokenizer.bos_token_id
@@ -556,9 +558,7 @@ def build_classifier(
     precision = resolve_precision(experiment.training.precision, device)
     # In full fine-tuning every weight is trained, and what is trained is fp32.
     dtype = torch.float32 if experiment.lora is None else COMPUTE_DTYPES[precision]
-    auto = (
-        transformers.AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
-    )
+    auto = transformers.AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
     with torch.device("meta"), quiet(), _readable(spec.name):
         skeleton = auto.from_config(config)
     heads = [] if pooling == "mean" else head_modules(skeleton)
@@ -582,10 +582,17 @@ def _set_dropout(config: transformers.PretrainedConfig, dropout: float | None) -
         return
     names = [
         name
-        for name in (
-            "hidden_dropout_prob attention_probs_dropout_prob attention_dropout hidden_dropout dropout "
-            "embd_pdrop attn_pdrop resid_pdrop activation_dropout"
-        ).split()
+        for name in [
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "attention_dropout",
+            "hidden_dropout",
+            "dropout",
+            "embd_pdrop",
+            "attn_pdrop",
+            "resid_pdrop",
+            "activation_dropout",
+        ]
         if getattr(config, name, None) is not None
     ]
     for name in names:
@@ -704,10 +711,8 @@ def quantize_with_bitsandbytes_(
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return a model's linear layers by name, however they are stored (GPT-2's `Conv1D` included)."""
-    from .int4 import Int4Linear
-
-    kinds = (nn.Linear, Conv1D, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, Int4Linear)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    # bitsandbytes' layers and the kit's own are nn.Linear too.
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
 
 
 def lora_config(experiment: Experiment, model: nn.Module) -> peft.LoraConfig:
@@ -737,7 +742,7 @@ def lora_config(experiment: Experiment, model: nn.Module) -> peft.LoraConfig:
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in in_base):
                 raise unknown(f"linear layer in {experiment.model.name} to put an adapter on, called", target, leaves)
-    return peft.LoraConfig(
+    config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT computes alpha / r: any number will do
@@ -748,6 +753,11 @@ def lora_config(experiment: Experiment, model: nn.Module) -> peft.LoraConfig:
         bias=lora.bias,
         modules_to_save=heads,
     )
+    if experiment.quantization.scheme == "int4":
+        from .int4 import register
+
+        register(config)
+    return config
 
 
 def check_head(model: nn.Module, heads: Sequence[str]) -> None:

@@ -264,7 +264,11 @@ def commit() -> str | None:
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
         changed = subprocess.run(
             ["git", "-C", str(folder), "status", "--porcelain", "--", "."],

@@ -1,0 +1,742 @@
+"""Training: one transformers Trainer for everything, whose checkpoints are whole and hold no pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import netrc
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from . import checkpoints, evaluation, models, records
+from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
+from .errors import KitError
+from .experiment import Experiment, TrainingSpec, safe_name
+from .records import Run
+
+logger = logging.getLogger(__name__)
+
+# Off CUDA, the plain optimizer of the same kind.
+UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch"}
+KEPT_CHECKPOINTS = 2
+
+
+class TrainingError(RuntimeError):
+    """Training could not go on; the message says at which step, what to try, and what is kept."""
+
+
+# --- the Trainer ------------------------------------------------------------------------------------------------
+
+
+class KitTrainer(Trainer):
+    """transformers' Trainer with length buckets, two learning rates and checkpoints that are safe to keep.
+
+    Callbacks, logging, evaluation and resume are the Trainer's own.
+
+    Args:
+        spec: How to train.
+        lengths: Tokens of each training row.
+        **kwargs: What the Trainer takes.
+    """
+
+    def __init__(self, *, spec: TrainingSpec, lengths: list[int], **kwargs: Any) -> None:
+        self.spec = spec
+        self.order = (
+            LengthBatchSampler(lengths, spec.batch_size * spec.gradient_accumulation, spec.seed)
+            if spec.padding == "buckets"
+            else None
+        )
+        self.meter = _Meter(self)
+        super().__init__(**kwargs, callbacks=[*_callbacks(spec), self.meter])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order if self.order is not None else super()._get_train_sampler(train_dataset)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer: adapters and head apart, each with its own learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    key = (models.is_head_parameter(name), name in decayed)
+                    groups.setdefault(key, []).append(parameter)
+            head_rate = self.spec.head_learning_rate or self.spec.learning_rate
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.spec.weight_decay if decay else 0.0,
+                        "lr": head_rate if head else self.spec.learning_rate,
+                    }
+                    for (head, decay), parameters in groups.items()
+                ],
+                **arguments,
+            )
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one forward and backward pass, counting rows and real tokens without waiting for the device."""
+        self.meter.count(inputs["attention_mask"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        self.store_flos()
+        best = self.state.best_global_step
+        if best:
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+        def fill(made: Path) -> None:
+            models.save_adapter(self.model, made / "adapter")
+            self._save_optimizer_and_scheduler(str(made))
+            self._save_scaler(str(made))
+            self._save_rng_state(str(made))
+            self.state.save_to_json(str(made / "trainer_state.json"))
+
+        checkpoints.write(folder, self.state.global_step, fill)
+        checkpoints.rotate(
+            folder,
+            KEPT_CHECKPOINTS,
+            Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None,
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        models.load_weights_(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
+
+    def _load_best_model(self) -> None:
+        # The path in the state is where the folder was; the step's number is what stays true.
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        models.load_weights_(self.model, best / "adapter")
+
+
+class _Meter(TrainerCallback):
+    """Measures each epoch: seconds of training alone, rows, real tokens, peak memory; and stops on a bad loss."""
+
+    def __init__(self, trainer: KitTrainer) -> None:
+        self.trainer = trainer
+        self.rows = 0
+        self.tokens: torch.Tensor | None = None
+        self.seconds = 0.0
+        self.started: float | None = None
+
+    def count(self, attention_mask: torch.Tensor) -> None:
+        self.rows += attention_mask.shape[0]
+        tokens = attention_mask.sum()
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+
+    def _stop(self) -> None:
+        if self.started is not None:
+            _wait()
+            self.seconds += time.perf_counter() - self.started
+            self.started = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # accelerate does not reach through the loader that skips the batches of a resumed epoch.
+        if self.trainer.order is not None:
+            self.trainer.order.set_epoch(int(state.epoch or 0))
+        self.rows, self.tokens, self.seconds = 0, None, 0.0
+        self.started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Evaluation and saving inside an epoch are no training time.
+        if control.should_save or control.should_evaluate:
+            self._stop()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop()
+        if self.rows and self.tokens is not None:
+            self.trainer.log(
+                {
+                    "epoch_seconds": self.seconds,
+                    "epoch_rows": self.rows,
+                    "epoch_tokens": int(self.tokens),
+                    "samples_per_second": self.rows / self.seconds,
+                    "tokens_per_second": int(self.tokens) / self.seconds,
+                    "peak_bytes": peak_memory()["peak_bytes"],
+                }
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "eval_loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            # fp16's loss scale meets infinite gradients by design, and skips those steps.
+            if value is None or math.isfinite(value) or (name == "grad_norm" and args.fp16):
+                continue
+            rate = self.trainer._get_learning_rate()
+            kept = state.best_model_checkpoint or (checkpoints.newest_whole(Path(args.output_dir)))
+            raise TrainingError(
+                f"{name} is {value} at step {state.global_step} (learning rate {rate:.3g}). Try a learning rate "
+                f"of {self.trainer.spec.learning_rate / 3:.2g}, more warm-up, or max_grad_norm 0.3"
+                + (", or precision bf16 or fp32" if args.fp16 else "")
+                + (f". Kept: {kept}" if kept else "")
+            )
+
+
+def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:
+    return [EarlyStoppingCallback(spec.early_stopping)] if spec.early_stopping else []
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> dict[str, Any]:
+    """Return the most memory used at once by this process so far.
+
+    Returns:
+        `peak_bytes` and `reserved_bytes`: on CUDA the allocator's `max_memory_allocated` and
+        `max_memory_reserved`; without a GPU the process's largest resident set (Python and libraries included)
+        for both. `measure` says which.
+    """
+    if torch.cuda.is_available():
+        return {
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "measure": "CUDA allocator",
+        }
+    import resource
+    import sys
+
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak, "reserved_bytes": peak, "measure": "resident set of the process"}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------
+
+
+def training_arguments(
+    spec: TrainingSpec,
+    folder: Path,
+    *,
+    device: torch.device,
+    precision: str,
+    steps: int,
+    tracked: bool,
+    progress: bool,
+) -> TrainingArguments:
+    """Translate a spec into the Trainer's arguments.
+
+    Args:
+        spec: How to train.
+        folder: Where checkpoints go.
+        device: Where it runs.
+        precision: `fp32`, `fp16` or `bf16`, resolved.
+        steps: Optimizer steps in all, for the warm-up.
+        tracked: Whether a W&B run is open.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The arguments. Names are those that transformers 5.17 and 5.24 have in common.
+    """
+    warmup = spec.warmup_steps if spec.warmup_steps is not None else math.ceil(spec.warmup_ratio * steps)
+    by_steps = spec.checkpoint_steps is not None
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=spec.epochs,
+        max_steps=spec.max_steps or -1,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.eval_batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=warmup,
+        lr_scheduler_type=spec.schedule,
+        optim=resolve_optimizer(spec.optimizer, device),
+        max_grad_norm=spec.max_grad_norm,
+        label_smoothing_factor=spec.label_smoothing,
+        fp16=precision == "fp16",
+        bf16=precision == "bf16",
+        seed=spec.seed,
+        data_seed=spec.seed,
+        eval_strategy="epoch",
+        save_strategy="steps" if by_steps else "epoch",
+        save_steps=spec.checkpoint_steps or 500,
+        logging_steps=spec.logging_steps,
+        # A loss that is not finite must be seen, and filtering it would wait for the device at every step.
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=spec.keep_best and not by_steps,
+        metric_for_best_model="f1_macro",
+        greater_is_better=True,
+        # PEFT's wrapper hides the labels from the Trainer, which then computes no evaluation loss.
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_num_workers=spec.workers,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=["wandb"] if tracked else [],
+        disable_tqdm=not progress,
+        use_cpu=device.type == "cpu",
+    )
+    # One device a process: several GPUs would be taken for DataParallel, which cannot copy 4-bit weights.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def resolve_optimizer(name: str, device: torch.device) -> str:
+    """Return the optimizer that a device has: off CUDA, the plain one of the same kind for a paged one.
+
+    Args:
+        name: One of transformers' names.
+        device: Where it runs.
+    """
+    if device.type == "cuda" or name not in UNPAGED:
+        return name
+    logger.warning("%s exists on CUDA only; this run takes %s.", name, UNPAGED[name])
+    return UNPAGED[name]
+
+
+def enable_checkpointing(model: torch.nn.Module, use_reentrant: bool) -> None:
+    """Recompute activations in the backward pass instead of keeping them.
+
+    The Trainer would set `use_reentrant` its own way, so the model is told directly.
+
+    Args:
+        model: As `models.build` made it.
+        use_reentrant: Which of torch's two implementations; handed on as it is.
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner.base_model if isinstance(inner, models.PooledClassifier) else inner
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    if use_reentrant:
+        # The reentrant way finds no gradient to carry unless its inputs need one, and frozen embeddings do not.
+        base.enable_input_require_grads()
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------
+
+
+def finetune(
+    experiment: Experiment,
+    *,
+    data: TextData | None = None,
+    out: str | Path = "runs",
+    name: str | None = None,
+    resume: bool = True,
+    progress: bool = True,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Run:
+    """Fine-tune an experiment's model and keep everything that belongs to it in a run folder.
+
+    Args:
+        experiment: What to train on what, and how.
+        data: The data, where it is not what `experiment.data` names; from `qlora_kit.text_classification`.
+        out: Folder that run folders are made in.
+        name: Name of the run folder; by default the experiment's name and the seed.
+        resume: Go on from the newest whole checkpoint of the same run that was cut off, and return a finished
+            one as it is. What is finished and different is moved aside to `NAME-DATE`, never overwritten.
+        progress: Show progress bars.
+        callbacks: Further callbacks of transformers' Trainer.
+
+    Returns:
+        The run, ready for `predict` and `qlora_kit.evaluate`.
+
+    Raises:
+        KitError: For bad input, before anything is written; when there is no room on the disk; when another
+            process is training the same run.
+        TrainingError: When the loss is no longer finite or the GPU's memory does not suffice.
+    """
+    started = time.perf_counter()
+    spec = experiment.training
+    if data is None:
+        data = load(experiment.data)
+    else:
+        experiment = _with_data(experiment, data)
+    folder = Path(out) / safe_name("run", name or f"{experiment.name}_seed{spec.seed}")
+    base = models.find_base(experiment.model)
+    with records.locked(folder):
+        finished = _settle(folder, experiment, data, resume)
+        if finished is not None:
+            logger.warning("%s is finished already; it is returned as it is.", folder)
+            return finished
+        tokenizer = models.load_tokenizer(experiment.model)
+        tokens = {
+            split: tokenize(tokenizer, rows.texts, experiment.data.max_length, experiment.data.too_long)
+            for split, rows in (("train", data.train), ("validation", data.validation))
+        }
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        device = models.default_device()
+        precision = models.resolve_precision(spec.precision, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with _readable_memory(experiment):
+            model = models.build(experiment, data.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
+            if spec.gradient_checkpointing:
+                enable_checkpointing(model, spec.use_reentrant)
+            _begin(folder, experiment, data)
+            with _tracking(experiment, Path(out), folder.name) as tracked:
+                trainer = _trainer(
+                    experiment, model, tokenizer, data, tokens, folder, device, precision, tracked, progress
+                )
+                for callback in callbacks or []:
+                    trainer.add_callback(callback)
+                train_started = time.perf_counter()
+                checkpoint = checkpoints.newest_whole(folder / "checkpoints")
+                if checkpoint is not None:
+                    logger.warning("Going on from %s.", checkpoint)
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                train_seconds = time.perf_counter() - train_started
+                validation = trainer.predict(TokenizedDataset(tokens["validation"], data.validation.labels))
+        metrics = evaluation.metrics(validation.predictions, np.asarray(data.validation.labels))
+        training = _summary(
+            trainer, experiment, data, metrics, train_seconds, time.perf_counter() - started, checkpoint
+        )
+        _finish(folder, experiment, data, base, model, tokenizer, training, device)
+    return Run(folder)
+
+
+def _with_data(experiment: Experiment, data: TextData) -> Experiment:
+    """Return the experiment on other data; a preset's name says so."""
+    name = experiment.name
+    if data.spec.name != "banking77" and experiment.data.name == "banking77":
+        stem = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(data.spec.name).stem).strip("-.") or "data"
+        name = name.replace("_banking77_", f"_{stem}_")
+    return experiment.override({"name": name, "data": records.plain(data.spec)})
+
+
+def _settle(folder: Path, experiment: Experiment, data: TextData, resume: bool) -> Run | None:
+    """Decide what an existing run folder is: finished (returned), cut off (kept), or another's (moved aside)."""
+    if not (folder / "experiment.yaml").is_file():
+        return None
+    same = False
+    with contextlib.suppress(KitError):
+        begun = records.read_json(folder / "environment.json")
+        same = (
+            resume
+            and _same(Experiment.from_yaml(folder / "experiment.yaml"), experiment)
+            and begun.get("checksums", {}).get("data") == data.checksum
+        )
+    if same:
+        return Run(folder) if (folder / "training.json").is_file() else None
+    contents = [item for item in folder.iterdir() if item.name != ".lock"]
+    aside = records.move_aside(folder / "experiment.yaml")
+    target = folder.with_name(f"{folder.name}-{aside.name.removeprefix('experiment.yaml-')}")
+    target.mkdir()
+    for item in contents:
+        source = aside if item.name == "experiment.yaml" else item
+        source.rename(target / item.name)
+    logger.warning("%s held another run; it is now %s.", folder, target)
+    return None
+
+
+def _same(first: Experiment, second: Experiment) -> bool:
+    """Return whether two experiments give the same result; where they are logged does not matter."""
+    one, two = first.to_dict(), second.to_dict()
+    for tree in (one, two):
+        tree.pop("tracking")
+    return one == two
+
+
+def _begin(folder: Path, experiment: Experiment, data: TextData) -> None:
+    if not (folder / "experiment.yaml").is_file():
+        records.write_json(folder / "environment.json", records.environment(data_checksum=data.checksum))
+        if experiment.data.name == "memory":
+            data.save(folder / "data")
+        records.write_text(folder / "experiment.yaml", experiment.to_yaml())
+
+
+def _trainer(
+    experiment: Experiment,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    data: TextData,
+    tokens: Mapping[str, list[list[int]]],
+    folder: Path,
+    device: torch.device,
+    precision: str,
+    tracked: bool,
+    progress: bool,
+) -> KitTrainer:
+    spec = experiment.training
+    rows_a_step = spec.batch_size * spec.gradient_accumulation
+    steps = spec.max_steps or math.ceil(len(data.train) / rows_a_step * spec.epochs)
+    return KitTrainer(
+        spec=spec,
+        lengths=[len(row) for row in tokens["train"]],
+        model=model,
+        args=training_arguments(
+            spec,
+            folder / "checkpoints",
+            device=device,
+            precision=precision,
+            steps=steps,
+            tracked=tracked,
+            progress=progress,
+        ),
+        train_dataset=TokenizedDataset(tokens["train"], data.train.labels),
+        eval_dataset=TokenizedDataset(tokens["validation"], data.validation.labels),
+        data_collator=collator(
+            tokenizer.pad_token_id,
+            "max_length" if spec.padding == "max_length" else "longest",
+            experiment.data.max_length,
+        ),
+        compute_metrics=lambda predicted: evaluation.compute_metrics(predicted.predictions, predicted.label_ids),
+    )
+
+
+@contextlib.contextmanager
+def _readable_memory(experiment: Experiment) -> Iterator[None]:
+    """Turn CUDA's out-of-memory error into one message with what to try."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        spec = experiment.training
+        tries = [f"training.batch_size {max(spec.batch_size // 2, 1)} with gradient_accumulation doubled"]
+        if not spec.gradient_checkpointing:
+            tries.append("training.gradient_checkpointing true")
+        if experiment.quantization.scheme == "none" and experiment.lora is not None:
+            tries.append("quantization.scheme nf4")
+        raise TrainingError(
+            f"the GPU's memory does not suffice for batch {spec.batch_size} of up to {experiment.data.max_length} "
+            f"tokens. Try {'; or '.join(tries)}. Checkpoints written so far are whole."
+        ) from error
+
+
+def _summary(
+    trainer: KitTrainer,
+    experiment: Experiment,
+    data: TextData,
+    metrics: Mapping[str, Any],
+    train_seconds: float,
+    total_seconds: float,
+    resumed: Path | None,
+) -> dict[str, Any]:
+    """Put `training.json` together from the Trainer's log, which outlives an interruption."""
+    history = trainer.state.log_history
+    evaluations = [entry for entry in history if "eval_f1_macro" in entry]
+    measured = {entry["step"]: entry for entry in history if "epoch_seconds" in entry}
+    losses = [entry for entry in history if "loss" in entry and "eval_loss" not in entry]
+    epochs, before = [], 0
+    for entry in evaluations:
+        step = entry["step"]
+        own = [item["loss"] for item in losses if before < item["step"] <= step]
+        meter = measured.get(step, {})
+        epochs.append(
+            {
+                "epoch": entry["epoch"],
+                "step": step,
+                "loss": float(np.mean(own)) if own else None,
+                "validation": {key: entry[f"eval_{key}"] for key in ("accuracy", "f1_macro", "f1_weighted", "loss")},
+                "timing": {
+                    "seconds": meter.get("epoch_seconds"),
+                    "samples_per_second": meter.get("samples_per_second"),
+                    "tokens_per_second": meter.get("tokens_per_second"),
+                },
+                "memory": {"peak_bytes": meter.get("peak_bytes")},
+            }
+        )
+        before = step
+    seconds = sum(entry["epoch_seconds"] for entry in measured.values())
+    best = trainer.state.best_global_step if experiment.training.keep_best else None
+    trainable, everything = models.trainable_parameters(trainer.model)
+    return {
+        "schema": records.SCHEMA,
+        "name": experiment.name,
+        "labels": list(data.label_names),
+        "rows": {split: len(rows) for split, rows in data.splits().items()},
+        "steps": trainer.state.global_step,
+        "best_step": best,
+        "metrics": {"validation": metrics},
+        "epochs": epochs,
+        "losses": [
+            {key: entry[key] for key in ("step", "epoch", "loss", "learning_rate", "grad_norm") if key in entry}
+            for entry in losses
+        ],
+        "parameters": {"trainable": trainable, "all": everything},
+        "precision": "fp16" if trainer.args.fp16 else "bf16" if trainer.args.bf16 else "fp32",
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        "random_weights": experiment.model.random_weights,
+        "memory": peak_memory(),
+        "timing": {
+            "train_seconds": train_seconds,
+            "step_seconds": seconds / max(trainer.state.global_step, 1),
+            "samples_per_second": _rate(measured, "epoch_rows"),
+            "tokens_per_second": _rate(measured, "epoch_tokens"),
+            "total_seconds": total_seconds,
+            "resumed_from_step": checkpoints.step_of(resumed) if resumed else None,
+        },
+    }
+
+
+def _rate(measured: Mapping[int, Mapping[str, float]], what: str) -> float | None:
+    seconds = sum(entry["epoch_seconds"] for entry in measured.values())
+    return sum(entry[what] for entry in measured.values()) / seconds if seconds else None
+
+
+def _finish(
+    folder: Path,
+    experiment: Experiment,
+    data: TextData,
+    base: models.Base,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    training: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """Write the run's results; `training.json` comes last, so that a run that has it is whole."""
+    with records.saving(folder):
+        for part, save in (
+            ("adapter", lambda target: models.save_adapter(model, target)),
+            ("tokenizer", lambda target: tokenizer.save_pretrained(str(target))),
+        ):
+            aside = folder / f".{part}"
+            for stale in (aside, folder / part):
+                shutil.rmtree(stale, ignore_errors=True)
+            save(aside)
+            records.move_into_place(aside, folder / part)
+        records.write_json(
+            folder / "environment.json",
+            records.environment(device, data_checksum=data.checksum, base_checksum=base.checksum),
+        )
+        records.write_text(folder / "README.md", model_card(experiment, training, base.licence))
+        records.write_json(folder / "training.json", training)
+        if experiment.training.checkpoints == "remove":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def model_card(experiment: Experiment, training: Mapping[str, Any], licence: str | None) -> str:
+    """Return a run's model card: what it is, how it was made, what it is worth.
+
+    Args:
+        experiment: The run's.
+        training: What `training.json` holds.
+        licence: The base's licence as an SPDX identifier, where it is known.
+
+    Returns:
+        Markdown with the metadata that the hub reads.
+    """
+    lora, quantization = experiment.lora, experiment.quantization
+    f1 = training["metrics"]["validation"]["f1_macro"]
+    method = (
+        "full fine-tuning"
+        if lora is None
+        else f"LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on a base stored as {quantization.label}"
+    )
+    # A path on somebody's disk is nobody else's business.
+    model_name = experiment.model.name if not Path(experiment.model.name).is_dir() else Path(experiment.model.name).name
+    data_name = Path(experiment.data.name).name
+    score = (
+        "The base has random weights: its scores say nothing, only its memory and speed do."
+        if training["random_weights"]
+        else f"Validation macro F1: {f1['value']:.4f} (95% interval {f1['low']:.4f} to {f1['high']:.4f}, bootstrap over "
+        f"{training['rows']['validation']} rows). Test scores are in `evaluation.json` once it is evaluated."
+    )
+    front = [
+        "library_name: peft",
+        "pipeline_tag: text-classification",
+        "tags: [qlora, lora, text-classification]",
+    ]
+    if licence:
+        front.append(f"license: {licence.lower()}")
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {experiment.name}",
+            "",
+            f"A classifier of {len(training['labels'])} classes: {_code(model_name)} fine-tuned on {_code(data_name)} by "
+            f"{method}, with qlora_kit.",
+            "",
+            score,
+            "",
+            "## Use",
+            "",
+            "```python",
+            "import qlora_kit as qk",
+            'print(qk.load_run("this-folder").predict(["a text"]).labels)',
+            "```",
+            "",
+            "It is meant for texts like those that it was trained on; on others its probabilities mean little. Whoever",
+            "uses it answers for checking it on their own data first.",
+            "",
+            "## Training",
+            "",
+            f"- {training['steps']} steps of {experiment.training.batch_size * experiment.training.gradient_accumulation} "
+            f"rows, learning rate {experiment.training.learning_rate:g}, seed {experiment.training.seed}, "
+            f"{training['precision']}, {training['optimizer']}",
+            f"- {training['parameters']['trainable']:,} of {training['parameters']['all']:,} parameters trained",
+            f"- data: {training['rows']['train']} rows for training, {training['rows']['validation']} for validation",
+            "- everything else: `experiment.yaml`, `training.json`, `environment.json`",
+            "",
+        ]
+    )
+
+
+def _code(text: str) -> str:
+    return "`" + "".join(c for c in text if c.isprintable() and c not in "`<>") + "`"
+
+
+# --- tracking ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _tracking(experiment: Experiment, out: Path, name: str) -> Iterator[bool]:
+    """Open a W&B run for a block, online only where the user is logged in or asked for it."""
+    mode = wandb_mode(experiment.tracking.wandb)
+    if mode is None:
+        yield False
+        return
+    import wandb
+
+    out.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=experiment.tracking.project,
+        name=name,
+        dir=str(out),
+        mode=mode,
+        config=experiment.to_dict(),
+        settings=wandb.Settings(console="off", silent=mode == "offline"),
+        reinit="finish_previous",
+    )
+    try:
+        yield True
+        run.finish()
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+
+
+def wandb_mode(wanted: str) -> str | None:
+    """Return W&B's mode: `online`, `offline`, or None for no tracking.
+
+    Args:
+        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is `online` where the user
+            is logged in (`WANDB_API_KEY`, or `wandb login` has left a key) and `offline` otherwise;
+            the environment's `WANDB_MODE` decides before that.
+    """
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        return wanted
+    asked = os.environ.get("WANDB_MODE")
+    if asked:
+        return {"disabled": None, "dryrun": "offline"}.get(asked, asked)
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc().authenticators("api.wandb.ai"):
+            return "online"
+    return "offline"
