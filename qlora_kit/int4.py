@@ -172,11 +172,11 @@ class Int4Linear(nn.Linear):
         KitError: The spec is not `int4`.
     """
 
-    weight: torch.Tensor  # type: ignore[assignment]  # a buffer: requires_grad_ must not reach it
+    weight: torch.Tensor  # a buffer: requires_grad_ must not reach it
     absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
     offset: torch.Tensor | None
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class Int4Linear(nn.Linear):
             compute_dtype: The dtype of the product; that of the input if None.
         """
         transposed = isinstance(module, Conv1D)
-        weight = cast(torch.Tensor, module.weight).detach()
+        weight = module.weight.detach()
         weight = weight.T if transposed else weight
         layer = cls(
             weight.shape[1],

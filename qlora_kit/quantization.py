@@ -16,6 +16,7 @@ Quantization (arXiv 2110.02861) for blockwise absmax and the dynamic 8-bit type;
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def bitsandbytes_config(
         if spec.block_size != 64:
             raise KitError(
                 f"block_size={spec.block_size} cannot be trained with {spec.scheme}: transformers builds "
-                "bitsandbytes' layers with blocks of 64. Use block_size=64, or scheme='int4', which takes any."
+                "bitsandbytes' layers with blocks of 64. Use block_size=64, or scheme int4, which takes any."
             )
         options = {
             "load_in_4bit": True,
@@ -251,8 +252,7 @@ def _decision(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def dynamic_codebook() -> torch.Tensor:
-    """The signed 8-bit dynamic type that double quantization stores scales in (arXiv 2110.02861, section
-    1.3).
+    """The signed 8-bit dynamic type that double quantization stores scales in (arXiv 2110.02861).
 
     A byte is a sign, a run of zeros that says by which power of ten to shrink, a one, and the rest is a
     linear fraction in [0.1, 1): seven decades, the largest with the finest steps.
@@ -330,11 +330,7 @@ class Quantized:
             dtype: Of the result; the original's by default. The product is taken in float32 and rounded once.
         """
         values = self.levels[self.codes.long()]
-        return (
-            _times_blocks(values, self.scales, self.spec.block_size)
-            .reshape(self.shape)
-            .to(dtype or self.dtype)
-        )
+        return _times_blocks(values, self.scales, self.spec.block_size).reshape(self.shape).to(dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -395,17 +391,13 @@ def quantize(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = N
     if spec.nested:
         offset = absmax.mean()
         if not torch.isfinite(offset):
-            raise KitError(
-                "the weights are too large for double quantization: the mean of their scales overflows"
-            )
+            raise KitError("the weights are too large for double quantization: their scales' mean overflows")
         absmax, nested_absmax = _quantize_8bit(absmax - offset)
     table = codebook(name).to(flat.device)
     return Quantized(spec, tensor.shape, tensor.dtype, packed, absmax, nested_absmax, offset, table)
 
 
-def block_scales(
-    absmax: torch.Tensor, nested_absmax: torch.Tensor | None, offset: torch.Tensor | None
-) -> torch.Tensor:
+def block_scales(absmax: torch.Tensor, nested_absmax: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
     """Undo double quantization (QLoRA, section 3): code times the group's scale, plus the mean.
 
     Args:
@@ -470,3 +462,326 @@ def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scaled = _times_blocks(values, 1.0 / absmax, NESTED_BLOCK_SIZE).clamp(-1, 1).nan_to_num(nan=-1.0)
     slots = torch.floor((scaled + 1) / 2 * 65535 + 0.5).long()
     return _on(_dynamic_table, values.device)[slots], absmax
+
+
+# ------------------------------------------------------------------------------------- what it costs
+
+
+def roundtrip(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = None) -> torch.Tensor:
+    """Quantize and dequantize: the weights that a layer of this scheme multiplies with.
+
+    Args:
+        tensor: Floating point; for `int8` of two dimensions, [out, in].
+        spec: Any scheme; `none` returns the tensor itself.
+        levels: Another codebook for a 4-bit scheme (see `quantize`).
+
+    Returns:
+        The same shape and dtype.
+
+    Raises:
+        KitError: As `quantize`; or int8 for a tensor that is not a matrix.
+    """
+    if spec.scheme == "none":
+        return tensor
+    if spec.scheme == "int8":
+        codes, absmax = quantize_int8(tensor)
+        return (codes.float() * (absmax[:, None] / 127)).to(tensor.dtype)
+    return quantize(tensor, spec, levels=levels).dequantize()
+
+
+def quantize_int8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store a weight in 8 bits with one scale a row, as LLM.int8() does (arXiv 2208.07339, section 3).
+
+    bitsandbytes rounds the weight to half precision first, and so does this. The other half of LLM.int8(),
+    outlier columns of the activations multiplied in 16 bits, is not about weights.
+
+    Args:
+        matrix: Floating point, [out, in].
+
+    Returns:
+        int8 codes, [out, in], and float32 absmax, [out]: a weight is code * absmax / 127.
+
+    Raises:
+        KitError: Not a matrix.
+    """
+    import torch
+
+    if matrix.dim() != 2:
+        raise KitError(f"int8 has one scale a row, so it takes a matrix, not {matrix.dim()} dimensions")
+    halves = matrix.detach().half()
+    absmax = halves.abs().amax(dim=1).float()
+    factors = 127.0 / absmax
+    return torch.round(halves * factors[:, None]).nan_to_num(nan=0.0).to(torch.int8), absmax
+
+
+def bits_per_parameter(
+    spec: Quantization, *, in_features: int | None = None, dtype: torch.dtype | None = None
+) -> float:
+    """Compute the bits that a scheme stores for each weight of a linear layer (QLoRA, section 3).
+
+    4 bits of code and 32 / 64 of scale make 4.5; with double quantization the scale takes 8 / 64, and its own
+    scale 32 / (64 * 256): 4.127.
+
+    Args:
+        spec: The scheme.
+        in_features: Length of a row, whose scale `int8` stores; without it the scale is left out.
+        dtype: What `none` stores; float32 by default.
+
+    Returns:
+        Bits a weight. Layers whose size does not divide into blocks take a little more.
+    """
+    if spec.scheme == "none":
+        return 32.0 if dtype is None else 8.0 * dtype.itemsize
+    if spec.scheme == "int8":
+        return 8.0 if in_features is None else 8.0 + 32.0 / in_features
+    if not spec.double_quantization:
+        return 4.0 + 32.0 / spec.block_size
+    return 4.0 + 8.0 / spec.block_size + 32.0 / (spec.block_size * NESTED_BLOCK_SIZE)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What a model's weights take, measured on its tensors.
+
+    Attributes:
+        linear_parameters: Weights of the linear layers that are counted (biases not).
+        linear_bytes: Bytes that store them, scales included, constant tables not.
+        table_bytes: Bytes of codebooks that bitsandbytes keeps a copy of in each layer.
+        parameters: Weights of the whole model, each shared tensor once.
+        bytes: Bytes of the whole model, tables included.
+    """
+
+    linear_parameters: int
+    linear_bytes: int
+    table_bytes: int
+    parameters: int
+    bytes: int
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits a weight of the linear layers."""
+        return 8 * self.linear_bytes / self.linear_parameters
+
+    @property
+    def whole_bits_per_parameter(self) -> float:
+        """Bits a weight of the whole model: what embeddings, norms and biases add."""
+        return 8 * self.bytes / self.parameters
+
+
+def storage(model: torch.nn.Module, skip_modules: Iterable[str] = ()) -> Storage:
+    """Measure what a model's weights take, from the tensors that are really there.
+
+    Args:
+        model: A base without adapters, in any scheme. What counts as its linear layers is the quantized ones,
+            or all of them where none is quantized.
+        skip_modules: Names of linear layers not to count as such: the head.
+
+    Returns:
+        The counts, in parameters and bytes.
+
+    Raises:
+        KitError: The model has no linear layer.
+    """
+    seen: set[int] = set()
+    rows: list[tuple[bool, int, int, int]] = []  # quantized, parameters, bytes, table bytes
+    rest_parameters = rest_bytes = 0
+    skipped = [f".{name}." for name in skip_modules]
+    for name, module in model.named_modules():
+        stored = _stored_linear(module)
+        skip = any(skip in f".{name}." for skip in skipped)
+        if stored is not None and not skip and id(module.weight) not in seen:
+            rows.append(stored)
+            seen.add(id(module.weight))
+            seen.update(id(buffer) for buffer in module.buffers(recurse=False))
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            rest_parameters += tensor.numel()
+            rest_bytes += tensor.numel() * tensor.element_size()
+    if not rows:
+        raise KitError("the model has no linear layer to measure")
+    some = any(row[0] for row in rows)
+    counted = [row for row in rows if row[0] or not some]
+    return Storage(
+        linear_parameters=sum(row[1] for row in counted),
+        linear_bytes=sum(row[2] for row in counted),
+        table_bytes=sum(row[3] for row in rows),
+        parameters=rest_parameters + sum(row[1] for row in rows),
+        bytes=rest_bytes + sum(row[2] + row[3] for row in rows),
+    )
+
+
+def _stored_linear(module: Any) -> tuple[bool, int, int, int] | None:
+    """A linear layer: whether it is quantized, its weights, their bytes, its tables' bytes. Else None."""
+    import torch
+
+    def size(*tensors: torch.Tensor | None) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    kind = type(module).__name__
+    if kind == "Int4Linear":
+        stored = size(module.weight, module.absmax, module.nested_absmax, module.offset)
+        return True, module.in_features * module.out_features, stored, 0
+    if kind == "Linear4bit" and getattr(module.weight, "quant_state", None) is not None:
+        state = module.weight.quant_state
+        stored, tables = size(module.weight, state.absmax), size(state.code)
+        if state.nested:
+            stored += size(state.state2.absmax, state.offset)
+            tables += size(state.state2.code)
+        return True, state.shape.numel(), stored, tables
+    if kind == "Linear8bitLt":
+        scales = getattr(module.weight, "SCB", None)
+        return True, module.weight.numel(), size(module.weight, module.state.SCB if scales is None else scales), 0
+    if isinstance(module, torch.nn.Linear) or kind == "Conv1D":
+        return False, module.weight.numel(), size(module.weight), 0
+    return None
+
+
+def quantization_error(original: torch.Tensor, restored: torch.Tensor) -> dict[str, float]:
+    """Measure how far the restored weights are from the original ones.
+
+    Args:
+        original: Any shape.
+        restored: The same shape.
+
+    Returns:
+        `mse`, the mean squared error; `max`, the largest error; `snr_db`, 10 log10 of the mean square of the
+        original over the mse (infinite where nothing is lost). Accumulated in float64.
+    """
+    exact = original.double()
+    difference = exact - restored.double()
+    mse = difference.square().mean().item()
+    power = exact.square().mean().item()
+    return {
+        "mse": mse,
+        "max": difference.abs().max().item(),
+        "snr_db": 10 * math.log10(power / mse) if mse and power else math.inf,
+    }
+
+
+@functools.cache
+def lloyd_max(levels: int = 16) -> tuple[tuple[float, ...], float]:
+    """Return the best fixed levels for standard normal values, and the error they leave.
+
+    No set of this many levels has a smaller mean squared error (Lloyd 1957, Max 1960). Each level is the mean
+    of the values nearest to it, and each border lies midway between two levels; repeating the two steps
+    converges.
+
+    Args:
+        levels: How many; even.
+
+    Returns:
+        The levels, ascending, and the mean squared error for unit variance: 0.0095 for 16 (20.22 dB).
+
+    Raises:
+        KitError: Fewer than two, or an odd number.
+    """
+    if levels < 2 or levels % 2:
+        raise KitError(f"lloyd_max takes an even number of levels, not {levels}")
+    normal = NormalDist()
+    half = [normal.inv_cdf(0.5 + (2 * k + 1) / (2 * levels)) for k in range(levels // 2)]
+    for _ in range(100_000):
+        borders = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(half)), math.inf]
+        masses = [normal.cdf(b) - normal.cdf(a) for a, b in itertools.pairwise(borders)]
+        densities = [0.0 if math.isinf(b) else normal.pdf(b) for b in borders]
+        better = [(densities[k] - densities[k + 1]) / masses[k] for k in range(len(half))]
+        if max(abs(a - b) for a, b in zip(half, better, strict=True)) < 1e-12:
+            break
+        half = better
+    # with each level the mean of its cell, the error is the variance less the levels' own mean square
+    mse = 1.0 - 2 * sum(mass * level**2 for mass, level in zip(masses, better, strict=True))
+    return tuple([-level for level in reversed(better)] + better), mse
+
+
+# ------------------------------------------------------------------------------------- what it does to a
+# model
+
+
+def quantize_weights_(
+    model: torch.nn.Module, spec: Quantization, skip_modules: Iterable[str] = (), *, levels: str | None = None
+) -> torch.nn.Module:
+    """Replace the weights of a model's linear layers by what quantization leaves of them, in place.
+
+    The layers stay plain ones, so any scheme and codebook can be tried at full speed; they multiply with the
+    same weights as the quantized layers would.
+
+    Args:
+        model: In floating point. GPT-2's `Conv1D` is quantized along its rows of [out, in], as for training.
+        spec: The scheme.
+        skip_modules: Names of modules to leave alone, with all below them.
+        levels: Another codebook for a 4-bit scheme (see `quantize`).
+
+    Returns:
+        The same model. A weight shared with an embedding stays as it is.
+    """
+    import torch
+
+    skipped = [f".{name}." for name in skip_modules]
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for name, module in model.named_modules():
+        transposed = type(module).__name__ == "Conv1D"
+        if not (transposed or isinstance(module, torch.nn.Linear)) or id(module.weight) in embedded:
+            continue
+        if any(skip in f".{name}." for skip in skipped):
+            continue
+        weight: torch.Tensor = module.weight.data
+        restored = roundtrip(weight.T if transposed else weight, spec, levels=levels)
+        module.weight.data = restored.T.contiguous() if transposed else restored
+    return model
+
+
+def window_losses(model: Any, token_ids: torch.Tensor, *, window: int = 256, batch_size: int = 8) -> torch.Tensor:
+    """Measure how badly a language model predicts a text, window by window.
+
+    Args:
+        model: A causal language model of transformers, which is put into eval mode.
+        token_ids: The text, int64, [tokens]; a last, shorter window is left out.
+        window: Tokens that are read together; the first of each is not predicted.
+        batch_size: Windows at once.
+
+    Returns:
+        The mean negative log-likelihood of a token in each window, in nats: float64, [windows]. Perplexity is
+        the exponential of their mean.
+
+    Raises:
+        KitError: The text is shorter than one window.
+    """
+    import torch
+
+    windows = token_ids[: token_ids.numel() // window * window].reshape(-1, window)
+    if not len(windows):
+        raise KitError(f"the text has {token_ids.numel()} tokens, fewer than one window of {window}")
+    model.eval()
+    losses = []
+    with torch.inference_mode():
+        for batch in windows.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+            losses.append(loss.double().mean(dim=1).cpu())
+    return torch.cat(losses)
+
+
+def perplexity(
+    losses: torch.Tensor, baseline: torch.Tensor | None = None, *, resamples: int = 2000, seed: int = 0
+) -> dict[str, float]:
+    """Turn window losses into a perplexity, or into how many times a baseline's it is, with a 95% interval.
+
+    Args:
+        losses: From `window_losses`, [windows].
+        baseline: The same windows under another model: the result is then the ratio of perplexities, and the
+            interval is paired, so that how hard each window is drops out.
+        resamples: Bootstrap samples of windows.
+        seed: Of the bootstrap.
+
+    Returns:
+        `value`, `low` and `high`: percentile bootstrap over windows.
+    """
+    import torch
+
+    values = losses if baseline is None else losses - baseline
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[picks].mean(dim=1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).exp().tolist()
+    return {"value": values.mean().exp().item(), "low": low, "high": high}
