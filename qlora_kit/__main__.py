@@ -1,0 +1,326 @@
+"""The command line: the same calls as the library's, in a terminal.
+
+Exit code 0; 2 for bad input, with one line on standard error that says what to do; 1 for a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import KitError, unknown
+
+COMMANDS = ("presets", "finetune", "evaluate", "predict", "run-notebooks", "check")
+
+EXAMPLES = """\
+examples, from nothing to a prediction:
+  python -m qlora_kit presets                                 what there is to run
+  python -m qlora_kit finetune minilm_banking77_qlora         train; ends with the run's folder
+  python -m qlora_kit evaluate runs/minilm_banking77_qlora_seed0
+  python -m qlora_kit predict runs/minilm_banking77_qlora_seed0 "My card has not arrived yet"
+
+your own texts, with a column of texts and one of labels:
+  python -m qlora_kit finetune minilm_banking77_qlora --name tickets \\
+      --data tickets.csv --text message --label team --test 0.2
+
+everything at once, with figures and one page of results:
+  python -m qlora_kit run-notebooks --preset minilm_banking77_smoke --out runs/smoke
+
+`python -m qlora_kit COMMAND --help` shows more of each.
+"""
+
+FINETUNE_EXAMPLES = """\
+examples:
+  python -m qlora_kit finetune minilm_banking77_qlora
+  python -m qlora_kit finetune minilm_banking77_qlora --set training.epochs=2 --set lora.r=8
+  python -m qlora_kit finetune minilm_banking77_qlora --set training.seed=1 --out runs/seeds
+  python -m qlora_kit finetune my_experiment.yaml
+  python -m qlora_kit finetune minilm_banking77_qlora --name tickets --data train.csv --test test.csv
+
+`presets NAME` prints every field that --set takes. The same command again goes on with a run that was cut off.
+"""
+
+PREDICT_EXAMPLES = """\
+examples:
+  python -m qlora_kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
+  python -m qlora_kit predict runs/tickets --json < texts.txt        one text a line, one JSON object a line
+"""
+
+NOTEBOOK_EXAMPLES = """\
+examples:
+  python -m qlora_kit run-notebooks
+  python -m qlora_kit run-notebooks --notebooks "02 03" --preset minilm_banking77_smoke --out runs/smoke
+  python -m qlora_kit run-notebooks --params "epochs=2 03_evaluate.resamples=500"
+
+A value for one notebook is written 03_evaluate.name=value; without a notebook it goes to every one that has the
+name. Unknown names are refused before anything runs. The same command again goes on with a run that was cut off;
+a finished OUT is renamed to OUT-DATE first.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints take one line and name what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match("argument COMMAND: invalid choice: '(.+?)'", message)
+        if found:
+            raise unknown("command", found[1], COMMANDS)
+        raise KitError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What stands behind `python -m qlora_kit`; None for the process's own.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except KitError as error:
+        return _say(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _say("stopped; the same command again goes on where it can", 1)
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has enough; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RuntimeError as error:
+        from .notebooks import NotebookFailed
+
+        if isinstance(error, NotebookFailed):
+            return _say(str(error), 1)
+        if "torch" in sys.modules:
+            from .training import TrainingError
+
+            if isinstance(error, TrainingError):
+                return _say(str(error), 1)
+        raise
+
+
+def _say(text: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    print(text if code == 1 and "\n" in text else f"qlora_kit: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m qlora_kit",
+        description="4-bit fine-tuning: an experiment goes in, a run folder comes out.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    parser.set_defaults(run=_version, command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, words: str, run: Any, examples: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=words,
+            description=words[0].upper() + words[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    presets = command("presets", "list the presets, or print one as YAML with every field", _presets)
+    presets.add_argument("name", nargs="?", help="a preset, auto, or an experiment's YAML file")
+
+    finetune = command("finetune", "train an experiment into a run folder", _finetune, FINETUNE_EXAMPLES)
+    finetune.add_argument("experiment", help="a preset, auto, or an experiment's YAML file")
+    finetune.add_argument("--out", default="runs", help="folder of the run folders (runs)")
+    finetune.add_argument("--name", help="name of the run folder (the experiment's name and the seed)")
+    finetune.add_argument("--data", metavar="FILE", help="your own data: CSV, Parquet or a hub data set's name")
+    finetune.add_argument("--test", metavar="FILE|FRACTION", help="its test data: a file, a split, or a share of it")
+    finetune.add_argument("--text", metavar="COLUMN", help="its column of texts (text)")
+    finetune.add_argument("--label", metavar="COLUMN", help="its column of labels (label)")
+    finetune.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, as training.epochs=2"
+    )
+    finetune.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    evaluate = command("evaluate", "test a finished run and write its evaluation.json", _evaluate)
+    evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    evaluate.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    predict = command("predict", "classify texts with a finished run", _predict, PREDICT_EXAMPLES)
+    predict.add_argument("folder", metavar="RUN", help="a run folder")
+    predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, lines of standard input")
+    predict.add_argument("--top", type=int, default=3, help="how many labels a text (3)")
+    predict.add_argument("--json", action="store_true", help="one JSON object a text")
+
+    books = command(
+        "run-notebooks", "run the notebooks into one folder with one page of results", _run_notebooks, NOTEBOOK_EXAMPLES
+    )
+    books.add_argument("--preset", default="auto", help="a preset or an experiment's YAML file (auto)")
+    books.add_argument("--out", default="runs/latest", help="the folder OUT (runs/latest)")
+    books.add_argument("--notebooks", default="", help='names or numbers, as "02 03" (all)')
+    books.add_argument(
+        "--params", action="append", default=[], metavar="NAME=VALUE", help="parameters, several in one text if wished"
+    )
+
+    check = command("check", "check records against the JSON Schemas of the contracts", _check)
+    check.add_argument("paths", nargs="+", metavar="PATH", help="record files, or folders with records in them")
+    return parser
+
+
+def _version(options: argparse.Namespace) -> int:
+    from . import __version__
+
+    if options.version:
+        print(__version__)
+    else:
+        _parser().print_help()
+    return 0
+
+
+def _presets(options: argparse.Namespace) -> int:
+    from . import experiment
+
+    if options.name:
+        print(experiment.preset(options.name).to_yaml(), end="")
+        return 0
+    names = experiment.presets()
+    width = max(map(len, names))
+    for name in names:
+        spec = experiment.preset(name)
+        scheme = spec.quantization.scheme
+        stored = {"none": "base in full precision"}.get(scheme, f"base in {scheme}")
+        adapters = f"LoRA r={spec.lora.r}" if spec.lora else "every weight trained"
+        print(f"{name:{width}}  {spec.model.name}, {stored}, {adapters}, {spec.training.epochs:g} epochs")
+    return 0
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    import yaml
+
+    from . import experiment
+
+    name, why = experiment.resolve_preset(options.experiment)
+    if options.experiment == "auto":
+        print(f"auto: {name} ({why})")
+    changes: dict[str, Any] = {}
+    for piece in options.set:
+        field, equals, value = piece.partition("=")
+        if not equals:
+            raise KitError(f"--set {piece!r} has no value: write --set training.epochs=2")
+        try:
+            changes[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise KitError(f"--set {piece!r}: the value is no YAML: {error}") from error
+    for option in ("text", "label"):
+        if getattr(options, option) is not None:
+            changes[f"data.{option}"] = getattr(options, option)
+    if options.test is not None:
+        changes["data.test"] = _number_or_text(options.test)
+    if options.data is not None:
+        changes["data.name"] = options.data
+    spec = experiment.preset(name).override(changes)
+    if options.name is not None:
+        experiment.safe_name("run", options.name)
+    from .training import finetune
+
+    run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet)
+    print(run.path)
+    return 0
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from .records import load_run
+
+    run = load_run(options.folder)
+    from .evaluation import evaluate
+
+    result = evaluate(run, baselines=not options.no_baselines, progress=not options.quiet)
+    metrics = result["metrics"]
+    rows = {name: metrics[name] for name in ("test", "test_without_leaked", "validation") if metrics.get(name)}
+    rows.update(metrics.get("baselines") or {})
+    names = ("accuracy", "f1_macro", "f1_weighted", "loss")
+    width = max(map(len, rows))
+    print(f"{'':{width}}  " + "  ".join(f"{name:>24}" for name in names))
+    for row, values in rows.items():
+        print(f"{row:{width}}  " + "  ".join(f"{_interval(values.get(name)):>24}" for name in names))
+    print(run.path / "evaluation.json")
+    return 0
+
+
+def _interval(metric: Any) -> str:
+    if isinstance(metric, dict):
+        return f"{metric['value']:.4f} ({metric['low']:.4f}-{metric['high']:.4f})"
+    return "" if metric is None else f"{metric:.4f}"
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .records import load_run
+
+    if options.top < 1:
+        raise KitError(f"--top is {options.top}: allowed is 1 or more")
+    run = load_run(options.folder)
+    texts = options.texts
+    if not texts:
+        try:
+            texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        except UnicodeDecodeError as error:
+            raise KitError(f"standard input is no UTF-8 text: {error}") from error
+    if not texts:
+        raise KitError('no text was given: write predict RUN "a text", or pipe texts in, one a line')
+    predictions = run.predict(texts)
+    names = run.label_names
+    for text, row in zip(texts, predictions.probabilities, strict=True):
+        best = [(names[index], float(row[index])) for index in row.argsort()[::-1][: options.top]]
+        if options.json:
+            print(json.dumps({"text": text, "label": best[0][0], "probabilities": dict(best)}, ensure_ascii=False))
+        else:
+            print(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best))
+    return 0
+
+
+def _run_notebooks(options: argparse.Namespace) -> int:
+    from .notebooks import run_notebooks, split_params
+
+    run_notebooks(options.preset, options.out, options.notebooks, split_params(options.params))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .schemas import check
+
+    checked, problems = check([Path(path) for path in options.paths])
+    for problem in problems:
+        print(problem)
+    print(f"{len(checked)} records checked, {len(problems)} problems")
+    return 1 if problems or not checked else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
