@@ -213,6 +213,8 @@ class TrainingSpec:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise KitError(f"training.{name} is {value}: allowed is a finite number above 0")
+        if self.early_stopping is not None and not self.keep_best:
+            raise KitError("training.early_stopping needs training.keep_best: true, to return to the best epoch")
         _between("training.label_smoothing", self.label_smoothing, 0.0, 0.95)
         _between("training.weight_average", self.weight_average, 0.0, 0.99999)
         _between("training.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
@@ -411,7 +413,7 @@ def safe_name(what: str, name: str) -> str:
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
     if not name or not set(name) <= allowed or name.startswith((".", "-")) or len(name) > 128:
         raise KitError(
-            f"{name!r} cannot be the name of a {what}: allowed are up to 128 letters, digits, dots, hyphens and "
+            f"{name!r} cannot be the name of the {what}: allowed are up to 128 letters, digits, dots, hyphens and "
             "underscores, beginning with a letter, digit or underscore"
         )
     return name

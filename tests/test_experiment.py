@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+import transformers
+
+import qlora_kit as qk
+from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, field_names
+from qlora_kit.quantization import Quantization
+
+
+def test_importing_the_kit_is_light():
+    code = (
+        "import sys, qlora_kit; qlora_kit.preset('minilm_banking77_qlora'); "
+        "heavy = {'torch', 'transformers', 'peft', 'sklearn', 'pandas', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_yaml_round_trip():
+    for name in qk.presets():
+        experiment = qk.preset(name)
+        assert Experiment.from_yaml(experiment.to_yaml()) == experiment
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.epoch": 1}, r"no field 'training.epoch'. Did you mean 'training.epochs'\?"),
+        ({"trainin.epochs": 1}, r"Did you mean 'training.epochs'\?"),
+        ({"training.padding": "bucket"}, r"'bucket'. Did you mean 'buckets'\? Allowed: buckets, longest, max_length"),
+        ({"lora.r": "many"}, "lora.r is 'many': allowed is a whole number"),
+        ({"lora.r": 0}, "lora.r is 0: allowed is 1 or more"),
+        ({"lora.r": True}, "lora.r is True: allowed is a whole number"),
+        ({"training.learning_rate": -1}, "learning_rate is -1.0: allowed is a finite number above 0"),
+        ({"training.learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"quantization.scheme": "nf5"}, r"'nf5'. Did you mean 'nf4'\?"),
+        ({"data.validation": 1.5}, "data.validation is 1.5"),
+        ({"lora": None}, "full fine-tuning .* of nf4 weights is not possible"),
+        ({"name": "../../etc"}, "cannot be the name of the experiment"),
+        ({"training.early_stopping": 2, "training.keep_best": False}, "early_stopping needs .*keep_best"),
+    ],
+)
+def test_bad_values_are_refused_with_what_is_allowed(changes, message):
+    with pytest.raises(ValueError, match=message):
+        qk.preset("minilm_banking77_qlora").override(changes)
+
+
+def test_numbers_are_read_as_yaml_means_them():
+    experiment = Experiment.from_yaml(
+        "name: a\nmodel: {name: x}\ntraining:\n  learning_rate: 1e-3\n  epochs: 3\n  batch_size: 8.0\n"
+    )
+    assert experiment.training.learning_rate == 1e-3
+    assert experiment.training.epochs == 3.0
+    assert experiment.training.batch_size == 8
+
+
+def test_yaml_runs_no_code(tmp_path):
+    target = tmp_path / "touched"
+    hostile = f"name: a\nmodel: !!python/object/apply:os.system ['touch {target}']\n"
+    with pytest.raises(ValueError, match="no valid YAML"):
+        Experiment.from_yaml(hostile)
+    assert not target.exists()
+
+
+def test_a_preset_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'minilm_banking77_qlora'"):
+        qk.preset("minilm_banking77_qlor")
+    with pytest.raises(ValueError, match="there is no experiment file"):
+        qk.preset("missing.yaml")
+
+
+def test_presets_are_what_the_contracts_list():
+    models = ("dialogpt-medium", "minilm", "smollm2-135m")
+    wanted = {f"{model}_banking77_{method}" for model in models for method in ("recipe", "qlora", "lora", "full")}
+    assert set(qk.presets()) == {*wanted, "minilm_banking77_smoke"}
+    for name in qk.presets():
+        assert qk.preset(name).name == name
+
+
+@pytest.mark.parametrize("model", ["dialogpt-medium", "minilm", "smollm2-135m"])
+def test_methods_differ_in_what_they_say_they_differ_in(model):
+    qlora, lora, full = (qk.preset(f"{model}_banking77_{method}") for method in ("qlora", "lora", "full"))
+    assert qlora.quantization == Quantization("nf4", True)
+    assert lora.quantization.scheme == full.quantization.scheme == "none"
+    assert full.lora is None
+    assert (qlora.lora.r, qlora.lora.alpha) == (lora.lora.r, lora.lora.alpha) == (16, 32)
+    assert qlora.lora.target_modules == lora.lora.target_modules
+    assert qlora.data == lora.data == full.data
+    assert qlora.model == lora.model == full.model
+    # The same budget: passes over the data and rows a step.
+    assert qlora.training.epochs == lora.training.epochs == full.training.epochs
+    assert qlora.training.batch_size == lora.training.batch_size == full.training.batch_size
+
+
+def test_the_recipe_is_the_explained_one_to_the_letter():
+    recipe = qk.preset("dialogpt-medium_banking77_recipe")
+    assert recipe.model.name == "microsoft/DialoGPT-medium"
+    assert recipe.quantization == Quantization("nf4", True, 64)
+    assert recipe.lora == LoraSpec(r=16, alpha=32, dropout=0.1, target_modules=("c_attn", "c_proj"), bias="none")
+    training = recipe.training
+    assert (training.batch_size, training.epochs, training.learning_rate) == (8, 4, 4.62e-4)
+    assert (training.weight_decay, training.warmup_steps) == (0.0905, 389)
+    assert (training.optimizer, training.precision) == ("paged_adamw_8bit", "fp16")
+    assert training.gradient_checkpointing and training.padding == "max_length"
+    assert recipe.data.max_length == 128
+
+
+def test_presets_say_their_command_and_what_each_knob_costs(pytestconfig):
+    for file in sorted((pytestconfig.rootpath / "qlora_kit" / "presets").glob("*.yaml")):
+        text = file.read_text()
+        header = text.split("\n\n")[0]
+        assert f"python -m qlora_kit finetune {file.stem}" in header
+        assert f"make run-notebooks PRESET={file.stem}" in header
+        assert not re.search(r"\bTODO\b", text)
+
+
+def test_optimizers_and_schedules_are_names_that_transformers_has():
+    known = {item.value for item in transformers.training_args.OptimizerNames}
+    schedules = {item.value for item in transformers.SchedulerType}
+    hints = inspect.get_annotations(TrainingSpec, eval_str=True)
+    assert set(hints["optimizer"].__args__) <= known
+    assert set(hints["schedule"].__args__) <= schedules
+
+
+def test_auto_takes_the_embedded_model_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    name, why = qk.resolve_preset("auto")
+    assert name == "minilm_banking77_qlora"
+    assert "no CUDA GPU" in why
+
+
+def test_every_field_can_be_overridden_by_its_name():
+    experiment = Experiment(name="a", model=ModelSpec("x"))
+    for name in field_names():
+        node = experiment
+        for part in name.split("."):
+            node = getattr(node, part)
+        assert experiment.override({name: node}) == experiment
