@@ -11,7 +11,7 @@ import contextlib
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _NAMES = {
     "tfidf_svm": "baseline: TF-IDF + linear SVM",
     "embedding_svm": "baseline: frozen embeddings + linear SVM",
 }
+_COLUMNS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 # Sections of a record that have a place of their own on the page, or say what the notebook's heading says.
 _KNOWN = {"schema", "notebook", "preset", "experiment", "metrics", "memory", "timing", "parameters", "environment"}
 
@@ -217,27 +218,31 @@ def _is_metric(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _metric_rows(metrics: Mapping[str, Any]) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Yield the rows of a table of metrics: every mapping that holds numbers, however deep."""
+def _metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of the table of metrics: who, and what was reached; the baselines after the fine-tuned model."""
     for name, values in metrics.items():
-        if isinstance(values, dict):
-            numbers = {key: value for key, value in values.items() if _is_metric(value)}
-            if numbers:
-                yield name, numbers
-            yield from _metric_rows({key: value for key, value in values.items() if key not in numbers})
+        if not isinstance(values, dict):
+            continue
+        if any(key in _COLUMNS and _is_metric(value) for key, value in values.items()):
+            who = _NAMES.get(name, _words(name))
+            yield who, values
+            if isinstance(values.get("ahead"), dict):
+                yield f"fine-tuned minus {who.removeprefix('baseline: ')}", values["ahead"]
+        else:
+            yield from _metric_rows(values)
 
 
 def _metrics(metrics: Any) -> str:
     rows = list(_metric_rows(metrics)) if isinstance(metrics, dict) else []
     if not rows:
         return ""
-    columns = list(dict.fromkeys(key for _, values in rows for key in values))
+    columns = [key for key in _COLUMNS if any(key in values for _, values in rows)]
     head = "".join(f'<th class="n">{_text(_NAMES.get(key, _words(key)))}</th>' for key in columns)
     body = []
     for place, (name, values) in enumerate(rows):
         cells = "".join(f'<td class="n">{_metric(values.get(key))}</td>' for key in columns)
         first = ' class="first"' if place == 0 else ""
-        body.append(f"<tr{first}><td>{_text(_NAMES.get(name, _words(name)))}</td>{cells}</tr>")
+        body.append(f"<tr{first}><td>{_text(name)}</td>{cells}</tr>")
     table = _wide(f"<th></th>{head}", "".join(body))
     ranges = any(isinstance(value, dict) and "low" in value for _, values in rows for value in values.values())
     return table + ('<p class="soft">In smaller type: 95% intervals.</p>' if ranges else "")

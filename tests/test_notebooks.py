@@ -1,0 +1,392 @@
+"""The runner, with real papermill runs of small notebooks in real kernels."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from qlora_kit import notebooks, page
+from qlora_kit.errors import KitError
+from qlora_kit.records import locked
+
+PRESET = "minilm_banking77_smoke"
+COMMON = 'preset = "auto"\nout = "runs/latest"\n'
+RECORD = """
+import json, pathlib
+pathlib.Path(out, NAME).mkdir()
+pathlib.Path(out, NAME + ".json").write_text(json.dumps({"preset": preset, "seen": seen, "metrics": {}}))
+"""
+
+
+def notebook(folder: Path, name: str, parameters: str, *cells: str, heading: str = "") -> Path:
+    """Write a small notebook: parameters, the given cells, and its record."""
+    tagged = new_code_cell(COMMON + parameters, metadata={"tags": ["parameters"]})
+    body = [new_code_cell(source) for source in (*cells, RECORD.replace("NAME", repr(name)))]
+    book = new_notebook(cells=[new_markdown_cell(f"# {heading or name}"), tagged, *body])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.ipynb"
+    nbformat.write(book, path)
+    return path
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    """Two notebooks; the second fails while `flag` beside them is missing."""
+    folder = tmp_path / "notebooks"
+    notebook(folder, "01_first", 'steps = 3\nrate = 0.5\nwandb = "auto"\nquick = False', "seen = [steps, rate, wandb]")
+    notebook(
+        folder,
+        "02_second",
+        "steps = 7\nbatch = 1",
+        f"# Look for the flag\nimport pathlib\nif not pathlib.Path({str(folder / 'flag')!r}).exists():\n"
+        "    raise ValueError('no flag yet')\nseen = [steps, batch]",
+    )
+    return folder
+
+
+def run(folder: Path, out: Path, *, preset: str = PRESET, **arguments: Any) -> str:
+    stream = io.StringIO()
+    notebooks.run_notebooks(preset, out, folder=folder, stream=stream, **arguments)
+    return stream.getvalue()
+
+
+def seen(out: Path, name: str) -> list[Any]:
+    found: list[Any] = json.loads((out / f"{name}.json").read_text())["seen"]
+    return found
+
+
+def tree(out: Path) -> dict[str, str]:
+    return {str(file.relative_to(out)): file.read_text() for file in out.rglob("*") if file.is_file()}
+
+
+# --- parameters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ("step=1", ["'step'", "Did you mean 'steps'?"]),
+        ("02_second.rate=1", ["'rate' in 02_second", "steps, batch"]),
+        ("03_third.rate=1", ["notebook '03_third'", "02_second"]),
+        ("steps=few", ["steps is 'few'", "whole number"]),
+        ("steps=1.5", ["whole number"]),
+        ("steps=true", ["whole number"]),
+        ("rate=[1]", ["number"]),
+        ("quick=3", ["true or false"]),
+        ("wandb=[a", ["no YAML"]),
+        ("steps", ["name=value"]),
+        ("steps=1 steps=2", ["twice"]),
+        ("out=elsewhere", ["OUT=..."]),
+        ("preset=auto", ["PRESET=..."]),
+        ("wandb='a", ["open quote"]),
+    ],
+)
+def test_a_bad_parameter_is_refused_before_anything_runs(books: Path, tmp_path: Path, params: str, words: list[str]):
+    with pytest.raises(KitError) as caught:
+        run(books, tmp_path / "out", params=params)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parameter_of_a_notebook_that_is_not_to_run_is_refused_by_name(books: Path, tmp_path: Path):
+    for params, words in (("batch=2", "02_second has it"), ("02.batch=2", "which is not to be run")):
+        with pytest.raises(KitError, match=words):
+            run(books, tmp_path / "out", notebooks="01", params=params)
+
+
+@pytest.mark.parametrize(
+    ("given", "default", "value"),
+    [
+        ("3", 1, 3),
+        ("3.0", 1, 3),
+        ("1e-3", 0.5, 1e-3),
+        ("2", 0.5, 2.0),
+        ("off", "auto", "off"),
+        ("12", "", "12"),
+        ("'12'", "", "12"),
+        ("none", "auto", "none"),
+        ("yes", False, True),
+        ("[1, 2]", [8], [1, 2]),
+        ("7", None, 7),
+        ("a=b", "", "a=b"),
+    ],
+)
+def test_a_value_is_read_as_the_default_has_it(given: str, default: Any, value: Any, tmp_path: Path):
+    path = notebook(tmp_path, "01_first", f"it = {default!r}")
+    values = notebooks.assign_params(notebooks.split_params(f'it="{given}"'), {"01_first": path})
+    assert values == {"01_first": {"it": value}}
+    assert type(values["01_first"]["it"]) is type(value)
+
+
+def test_one_notebooks_value_goes_before_the_general_one(books: Path):
+    chosen = notebooks.list_notebooks(books)
+    values = notebooks.assign_params(notebooks.split_params("02.steps=9 steps=8 02_second.batch=4"), chosen)
+    assert values == {"01_first": {"steps": 8}, "02_second": {"steps": 9, "batch": 4}}
+
+
+def test_notebooks_are_chosen_by_name_or_number(books: Path):
+    there = notebooks.list_notebooks(books)
+    assert list(notebooks.choose(None, there)) == list(notebooks.choose("", there)) == ["01_first", "02_second"]
+    assert list(notebooks.choose("02 1", there)) == ["01_first", "02_second"]
+    assert list(notebooks.choose(["02_second.ipynb"], there)) == ["02_second"]
+    with pytest.raises(KitError, match="Did you mean '02_second'"):
+        notebooks.choose("02_secnd", there)
+
+
+def test_bad_presets_and_folders_are_refused_before_anything_runs(books: Path, tmp_path: Path, monkeypatch):
+    with pytest.raises(KitError, match="Did you mean 'minilm_banking77_smoke'"):
+        run(books, tmp_path / "out", preset="minilm_banking77_smok")
+    home = tmp_path / "home"
+    (home / "work").mkdir(parents=True)
+    monkeypatch.chdir(home / "work")
+    for out in (home, home / "work", Path("."), Path("..")):
+        with pytest.raises(KitError, match="holds more than a run"):
+            run(books, out)
+    (home / "file").write_text("mine")
+    with pytest.raises(KitError, match="is a file"):
+        run(books, home / "file")
+    with pytest.raises(KitError, match="no notebook"):
+        run(home, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (home / "file").read_text() == "mine"
+
+
+# --- running, failing, going on ---------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_goes_on_and_a_finished_one_is_moved_aside(books: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(notebooks.NotebookFailed) as caught:
+        run(books, out, params="steps=4")
+    message = str(caught.value)
+    assert message.endswith("ValueError: no flag yet")
+    assert "cell 2/3" in message and "the same command again" in message
+    kept = nbformat.read(out / "02_second.ipynb", as_version=4)
+    assert any(output.get("ename") == "ValueError" for cell in kept.cells for output in cell.get("outputs", ()))
+    assert json.loads((out / "run.json").read_text())["notebooks"]["02_second"]["state"] == "failed"
+    assert seen(out, "01_first") == [4, 0.5, "auto"]
+    assert "no flag yet" in (out / "index.html").read_text()
+    first = (out / "01_first.ipynb").read_bytes()
+
+    (books / "flag").touch()
+    said = run(books, out, params="steps=4")
+    assert "Going on with" in said and "after 01_first" in said
+    assert "[1/1] 02_second  steps=4" in said and "Look for the flag" in said
+    assert (out / "01_first.ipynb").read_bytes() == first
+    assert seen(out, "02_second") == [4, 1]
+    attempts = list(out.glob("cut_off/*/02_second.ipynb"))
+    assert len(attempts) == 1 and "no flag yet" in attempts[0].read_text()
+
+    before = tree(out)
+    assert "it was finished" in run(books, out, params="steps=4", notebooks="01")
+    (aside,) = tmp_path.glob("out-*")
+    assert tree(aside) == before
+    assert sorted(path.name for path in out.glob("*.ipynb")) == ["01_first.ipynb"]
+
+    # Another notebook of the same run is added to it; other parameters are another run.
+    assert "Going on with" in run(books, out, params="02.steps=4", notebooks="02")
+    assert len(list(tmp_path.glob("out-*"))) == 1
+    assert "01_first had other parameters" in run(books, out, params="steps=5", notebooks="01")
+    assert len(list(tmp_path.glob("out-*"))) == 2
+
+
+def test_changed_code_and_foreign_folders_are_moved_aside(books: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(notebooks.NotebookFailed):
+        run(books, out)
+    (books / "flag").touch()
+    path = books / "01_first.ipynb"
+    path.write_text(path.read_text().replace("seen = [", "seen = [0, "))
+    assert "the code of 01_first or of the package was another" in run(books, out)
+    assert seen(out, "01_first") == [0, 3, 0.5, "auto"]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert "not the start of this run" in run(books, other, notebooks="01")
+    (aside,) = tmp_path.glob("other-*")
+    assert (aside / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_notebook_that_ends_without_its_record_has_failed(tmp_path: Path):
+    notebook(tmp_path / "books", "01_quits", "", "raise SystemExit(0)")
+    with pytest.raises(notebooks.NotebookFailed, match="without writing its record"):
+        run(tmp_path / "books", tmp_path / "out")
+
+
+def test_a_kernel_that_dies_is_told(tmp_path: Path):
+    notebook(tmp_path / "books", "01_dies", "", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(notebooks.NotebookFailed, match="ended from outside"):
+        run(tmp_path / "books", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["notebooks"]["01_dies"]["state"] == "failed"
+
+
+def test_the_kernel_is_this_python_with_this_environment(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    # A kernelspec of the same name that would lead elsewhere.
+    spec = tmp_path / "share" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    source = "import sys, os, qlora_kit\nseen = [sys.executable, os.environ['HF_HUB_OFFLINE'], qlora_kit.__file__]"
+    notebook(tmp_path / "books", "01_where", "", source)
+    run(tmp_path / "books", tmp_path / "out")
+    assert seen(tmp_path / "out", "01_where") == [sys.executable, "1", str(notebooks.PACKAGE / "__init__.py")]
+
+
+def test_what_a_cell_prints_is_shown_while_it_runs(tmp_path: Path):
+    source = "print('epoch 1')\nprint('10%\\r20%\\r30%')\nimport sys\nprint('noise', file=sys.stderr)\nseen = []"
+    notebook(tmp_path / "books", "01_prints", "", source)
+    said = run(tmp_path / "books", tmp_path / "out").splitlines()
+    assert "      epoch 1" in said and "      30%" in said
+    assert not any("noise" in line for line in said)
+
+
+def test_a_second_run_into_the_same_folder_says_so_and_stops(books: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with locked(out), pytest.raises(KitError, match="another process is writing"):
+        run(books, out)
+    assert (out / "mine").read_text() == "x"
+    assert not list(tmp_path.glob("out-*"))
+
+
+def test_a_killed_run_leaves_no_kernel_and_is_picked_up(tmp_path: Path):
+    pid, go = tmp_path / "pid", tmp_path / "go"
+    notebook(tmp_path / "books", "01_first", "", "seen = [1]")
+    notebook(
+        tmp_path / "books",
+        "02_slow",
+        "",
+        f"import os, pathlib, time\npathlib.Path({str(pid)!r}).write_text(str(os.getpid()))\n"
+        f"print('waiting')\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\nseen = [2]",
+    )
+    script = (
+        "import sys\nfrom qlora_kit.notebooks import run_notebooks\nrun_notebooks(*sys.argv[1:3], folder=sys.argv[3])"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", script, PRESET, str(out), str(tmp_path / "books")]
+    env = {**os.environ, "PYTHONPATH": str(notebooks.PACKAGE.parent)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    wait_for(lambda: pid.exists() and pid.read_text())
+    with pytest.raises(KitError, match="another process is writing"):
+        run(tmp_path / "books", out)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kernel = int(pid.read_text())
+    wait_for(lambda: not alive(kernel))
+    go.touch()
+    said = run(tmp_path / "books", out)
+    assert "after 01_first" in said
+    assert seen(out, "02_slow") == [2]
+
+
+def wait_for(condition: Any) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen within a minute")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+# --- index.html -------------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+
+
+def test_the_page_shows_everything_and_lets_no_markup_in(tmp_path: Path):
+    out = tmp_path / "out"
+    (out / "03_evaluate").mkdir(parents=True)
+    figure = b"\x89PNG\r\n\x1a\n" + b"picture"
+    (out / "03_evaluate" / "01_confusions.png").write_bytes(figure)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (out / "03_evaluate" / "02_link.png").symlink_to(tmp_path / "secret.png")
+    scores = {key: {"value": 0.9331, "low": 0.9244, "high": 0.9418} for key in ("accuracy", "f1_macro", "f1_weighted")}
+    baseline = {
+        **scores,
+        "C": 1.0,
+        "validation": {"1.0": 0.9},
+        "ahead": {"f1_macro": {"value": 0.01, "low": 0, "high": 1}},
+    }
+    record = {
+        "schema": 1,
+        "notebook": "03_evaluate",
+        "preset": HOSTILE,
+        "experiment": {"name": HOSTILE},
+        "metrics": {"test": scores, HOSTILE: scores, "baselines": {"tfidf_svm": baseline}},
+        "memory": {"peak_bytes": 2**20 * 362, HOSTILE: HOSTILE},
+        "timing": {"train_seconds": 460.2},
+        "parameters": {"trainable": 4404224, "all": 359306240},
+        "environment": {"device": HOSTILE, "versions": {"torch": HOSTILE}},
+        "confusions": [{"true": HOSTILE, "count": 3, "examples": [HOSTILE]}],
+        HOSTILE: HOSTILE,
+    }
+    (out / "03_evaluate.json").write_text(json.dumps(record))
+    book = new_notebook(
+        cells=[
+            new_markdown_cell(f"# Title\n\n{HOSTILE}"),
+            new_code_cell(
+                HOSTILE,
+                outputs=[
+                    nbformat.v4.new_output("stream", name="stdout", text=HOSTILE),
+                    nbformat.v4.new_output("display_data", data={"text/html": HOSTILE, "text/plain": HOSTILE}),
+                    nbformat.v4.new_output("display_data", data={"application/javascript": "alert(3)"}),
+                ],
+            ),
+        ]
+    )
+    nbformat.write(book, out / "03_evaluate.ipynb")
+    entry = {"state": "failed", "seconds": 190, "error": HOSTILE, "parameters": {"run": HOSTILE, "out": "x"}}
+    state = {
+        "asked": HOSTILE,
+        "preset": HOSTILE,
+        "why": HOSTILE,
+        "started": HOSTILE,
+        "notebooks": {"03_evaluate": entry},
+    }
+    (out / "run.json").write_text(json.dumps(state))
+
+    index = page.write_index(out).read_text()
+    for shown in (
+        "0.9331",
+        "0.9244 to 0.9418",
+        "macro F1",
+        "TF-IDF",
+        "362.0 MiB",
+        "7:40",
+        "4,404,224",
+        "failed after 3:10",
+    ):
+        assert shown in index, shown
+    assert index.count("data:image/png;base64,") == 1
+    read = (out / "03_evaluate.html").read_text()
+    assert "Title" in read
+    for text in (index, read):
+        # No tag but the page's own, and no attribute that runs anything.
+        tags = re.findall(r"<[^>]*>", text)
+        assert not [tag for tag in tags if re.match(r"<\s*(script|iframe|object)|<img src=x", tag) or "onerror" in tag]
+        assert "default-src 'none'" in text and 'name="viewport"' in text
+        assert "http://" not in text and "https://" not in text
+    assert "alert(3)" not in read
