@@ -1,0 +1,105 @@
+"""The int4 layer on CUDA: the kernel against the plain version, training, and CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qlora_kit import int4, quantization
+from qlora_kit.int4 import Int4Linear, quantize_linears_, register
+from qlora_kit.quantization import BLOCK_SIZES, Quantization
+
+pytestmark = pytest.mark.gpu
+
+
+def stored(rows: int, columns: int, spec: Quantization) -> Int4Linear:
+    layer = nn.Linear(columns, rows)
+    layer.weight.data = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    return Int4Linear.from_module(layer, spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_the_kernel_gives_the_plain_versions_bits(block_size, double, dtype):
+    from qlora_kit import int4_triton
+
+    for rows, columns in ((1, 1), (3, 7), (64, 64), (65, 63), (300, 1000), (1024, 1024)):
+        layer = stored(rows, columns, Quantization("int4", double, block_size))
+        on_cpu = layer.dequantize(dtype)
+        layer = layer.to("cuda")
+        arguments = (layer.weight, layer.absmax, layer.nested_absmax, layer.offset, block_size, rows * columns, dtype)
+        kernel = int4_triton.dequantize(*arguments).cpu().view(rows, columns)
+        plain = int4.dequantize_plain(*arguments).cpu().view(rows, columns)
+        assert torch.equal(plain, on_cpu)
+        assert torch.equal(kernel, on_cpu)
+
+
+def test_quantizing_on_the_gpu_gives_the_cpus_codes():
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    for scheme in ("nf4", "fp4", "int4"):
+        spec = Quantization(scheme, double_quantization=False)
+        cpu, gpu = quantization.quantize(weight, spec), quantization.quantize(weight.cuda(), spec)
+        assert torch.equal(gpu.packed.cpu(), cpu.packed) and torch.equal(gpu.absmax.cpu(), cpu.absmax)
+
+
+def test_forward_and_gradient_match_a_plain_layer():
+    layer = stored(512, 256, Quantization("int4")).to("cuda")
+    layer.compute_dtype = torch.float16
+    plain = layer.to_full_precision(torch.float32)
+    x = torch.randn(8, 16, 256, device="cuda", requires_grad=True)
+    weights = torch.randn(8, 16, 512, device="cuda")
+    result, expected = layer(x), plain(x)
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=0.1)
+    (mine,) = torch.autograd.grad((result * weights).sum(), x)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), x)
+    torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_trains_under_lora_with_autocast(dtype):
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no bf16 in this GPU's hardware")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).cuda()
+    model = quantize_linears_(model, Quantization("int4"), (), dtype)
+    model = get_peft_model(model, register(LoraConfig(r=8, lora_alpha=16, target_modules=["0", "2"])))
+    x, y = torch.randn(32, 64, device="cuda"), torch.randn(32, 64, device="cuda")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(60):
+        with torch.autocast("cuda", dtype):
+            loss = nn.functional.mse_loss(model(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_it_can_be_captured_in_a_cuda_graph():
+    layer = stored(256, 256, Quantization("int4")).to("cuda")
+    layer.compute_dtype = torch.float16
+    x = torch.randn(8, 256, device="cuda", requires_grad=True)
+    callable_layer = torch.cuda.make_graphed_callables(layer, (x,))
+    fresh = torch.randn(8, 256, device="cuda", requires_grad=True)
+    torch.testing.assert_close(callable_layer(fresh), stored(256, 256, layer.spec).cuda()(fresh), rtol=1e-2, atol=0.1)
+    callable_layer(fresh).sum().backward()
+    assert fresh.grad is not None
+
+
+def test_backward_memory_is_that_of_one_dequantized_layer():
+    size, layers = 2048, 8
+    model = nn.Sequential(*(stored(size, size, Quantization("int4")) for _ in range(layers))).cuda()
+    for layer in model:
+        layer.compute_dtype = torch.float16
+    x = torch.randn(4, size, device="cuda", dtype=torch.float16, requires_grad=True)
+    model(x).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model(x).sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 2.5 * 2 * size * size  # all of them in 16 bits would be 8 times 2 * size * size
