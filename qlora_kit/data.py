@@ -167,7 +167,7 @@ class TextData:
         """Write the rows into `folder` as JSON lines, whole or not at all.
 
         Args:
-            folder: Made here; must not exist yet.
+            folder: Made here; if it exists, it must hold the same data.
 
         Returns:
             The folder: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `labels.json`, and `data.json` with
@@ -175,7 +175,9 @@ class TextData:
         """
         folder = Path(folder)
         if folder.exists():
-            raise KitError(f"{folder} exists already: data is never written over")
+            if load_saved(folder).checksum == self.checksum:
+                return folder  # a run that was cut off right after this begins again
+            raise KitError(f"{folder} holds other data already: it is never written over")
         aside = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
