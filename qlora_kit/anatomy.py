@@ -1,0 +1,111 @@
+"""What a model is made of: groups of weights, how many bits each takes, and which of them are trained.
+
+QLoRA (arXiv 2305.14314, section 3) quantizes the linear layers of the frozen base, and nothing else: embeddings
+and norms stay as they are, adapters and head are trained in full precision. This module counts that on the tensors
+of a model that was really built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from .models import head_modules, is_head_parameter
+from .quantization import _stored_linear
+
+PARTS = (
+    "base, linear layers",
+    "base, embeddings",
+    "base, norms and biases",
+    "base, buffers",
+    "head as it was",
+    "adapters",
+    "head",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A group of weights.
+
+    Args:
+        name: One of `PARTS`.
+        parameters: Numbers it stands for (a packed 4-bit weight counts as its numbers, not its bytes).
+        bytes: What stores them, scales included.
+        stored_as: `4 bits`, `8 bits`, or the data type.
+        trained: Whether training changes it.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    stored_as: str
+    trained: bool
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits a number."""
+        return 8 * self.bytes / self.parameters
+
+
+def anatomy(model: nn.Module) -> list[Part]:
+    """Take a model apart.
+
+    Args:
+        model: As `models.build` returns it, with adapters or without.
+
+    Returns:
+        Its parts, the base's first; a part that the model does not have is left out. Their bytes are all the
+        bytes that the model's weights and buffers take; gradients, optimizer and activations come on top.
+    """
+    heads = [] if isinstance(model, peft.PeftModel) else head_modules(model)
+    found: dict[tuple[str, str, bool], list[int]] = {}
+    seen: set[int] = set()
+
+    def add(part: str, stored_as: str, trained: bool, parameters: int, size: int) -> None:
+        sums = found.setdefault((part, stored_as, trained), [0, 0])
+        sums[0] += parameters
+        sums[1] += size
+
+    for name, module in model.named_modules():
+        stored: tuple[bool, int, int, int] | None = _stored_linear(module)
+        if stored is not None and stored[0] and id(module.weight) not in seen:
+            _, parameters, size, tables = stored
+            add(_part(name, module, heads), f"{round(8 * size / parameters)} bits", False, parameters, size + tables)
+            seen.update(id(tensor) for tensor in (module.weight, *module.buffers(recurse=False)))
+        own: list[tuple[str, torch.Tensor]] = [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]
+        for leaf, tensor in own:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                part = _part(f"{name}.{leaf}", module, heads, leaf)
+                if part.startswith("base") and not isinstance(tensor, nn.Parameter):
+                    part = "base, buffers"
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                add(part, dtype, tensor.requires_grad, tensor.numel(), tensor.numel() * tensor.element_size())
+    parts = [
+        Part(part, parameters, size, stored_as, trained)
+        for (part, stored_as, trained), (parameters, size) in found.items()
+        if parameters
+    ]
+    return sorted(parts, key=lambda part: (PARTS.index(part.name), -part.bytes))
+
+
+def _part(name: str, module: Any, heads: Sequence[str], leaf: str = "weight") -> str:
+    path = f".{name}."
+    if is_head_parameter(path) or any(path.startswith(f".{head}.") for head in heads):
+        return "head"
+    if ".original_module." in path:
+        return "head as it was"
+    if ".lora_" in path:
+        return "adapters"
+    if isinstance(module, nn.Embedding):
+        return "base, embeddings"
+    return "base, linear layers" if leaf == "weight" and _stored_linear(module) else "base, norms and biases"

