@@ -34,6 +34,7 @@ _EXPORTS = {
     "newest_run": "records",
 }
 _MODULES = (
+    "anatomy",
     "data",
     "errors",
     "evaluation",
