@@ -1,0 +1,686 @@
+"""Every figure of the kit, in one style: from plain data to a matplotlib figure.
+
+The palette is Okabe and Ito's, which colour-blind readers can tell apart; type is large enough to be read when a
+figure is shrunk to a phone's width. Figures don't go through pyplot, so none is left open, and a notebook shows
+one when it is the last line of a cell, once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+DPI = 150
+WIDTH = 6.5  # inches
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#222222",
+)
+GREY, PALE = "#8A8A8A", "#DDDDDD"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK)
+STYLE: Any = {
+    "font.size": 12,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": BLACK,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.8,
+    "xtick.color": BLACK,
+    "ytick.color": BLACK,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.frameon": False,
+    "lines.linewidth": 2.0,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    # A label of the user's may hold dollar signs; it is text, not mathematics.
+    "text.parse_math": False,
+}
+_HEAT = LinearSegmentedColormap.from_list("kit", ["#FFFFFF", "#9ECAE1", BLUE, "#08306B"])
+_Args = ParamSpec("_Args")
+
+
+class KitFigure(Figure):
+    """A matplotlib figure that notebooks show by itself, with or without matplotlib's inline backend."""
+
+    def png(self) -> bytes:
+        """Return the figure as PNG, at `DPI` dots an inch."""
+        stream = io.BytesIO()
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            # A label in a script that the font lacks is drawn as boxes; that is no reason for a page of warnings.
+            warnings.filterwarnings("ignore", message=r"Glyph .* missing", category=UserWarning)
+            # No software version in the file: equal figures give equal bytes.
+            self.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+        return stream.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write a figure as `folder/name.png`, whole or not at all.
+
+    Args:
+        figure: One of this module's figures, or any matplotlib figure.
+        folder: Made if it is not there.
+        name: File name without ending.
+
+    Returns:
+        The file.
+    """
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    if isinstance(figure, KitFigure):
+        aside.write_bytes(figure.png())
+    else:
+        figure.savefig(aside, format="png", dpi=DPI, bbox_inches="tight")
+    os.replace(aside, path)
+    return path
+
+
+def new(
+    width: float = WIDTH, height: float = 4.0, rows: int = 1, columns: int = 1, **grid: Any
+) -> tuple[KitFigure, Any]:
+    """Start a figure in the kit's style; call it in a function decorated with `styled`.
+
+    Args:
+        width: Inches.
+        height: Inches.
+        rows: Rows of panels.
+        columns: Columns of panels.
+        **grid: Passed to `Figure.subplots`, e.g. `sharex=True`, `height_ratios=[2, 1]`.
+
+    Returns:
+        The figure, and its axes as `Figure.subplots` gives them.
+    """
+    figure = KitFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **grid)
+
+
+def styled(draw: Callable[_Args, KitFigure]) -> Callable[_Args, KitFigure]:
+    """Decorate a function that draws a figure, so that it draws in the kit's style and leaves yours alone."""
+
+    @wraps(draw)
+    def in_style(*args: _Args.args, **kwargs: _Args.kwargs) -> KitFigure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+# ---- data ----
+
+
+@styled
+def class_sizes(report: Mapping[str, Any]) -> KitFigure:
+    """Draw how many training rows each label has, largest first.
+
+    Args:
+        report: What `TextData.report` returned.
+
+    Returns:
+        With 30 labels or fewer a named bar each; with more, unnamed bars and the three smallest and largest
+        named.
+    """
+    sizes = sorted(((v["train"], k) for k, v in report["class_sizes"].items()), key=lambda item: (-item[0], item[1]))
+    counts = np.array([count for count, _ in sizes])
+    if len(sizes) <= 30:
+        figure, axes = new(height=1.2 + 0.32 * len(sizes))
+        axes.barh(range(len(sizes)), counts, color=BLUE)
+        axes.set_yticks(range(len(sizes)), [_cut(name) for _, name in sizes])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("training rows")
+    else:
+        figure, axes = new(height=5.0)
+        axes.bar(range(len(sizes)), counts, color=BLUE, width=0.85)
+        axes.set_xlim(-1, len(sizes))
+        axes.set_ylim(0, counts.max() * 1.6)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xticks([])
+        axes.set_xlabel(f"the {len(sizes)} labels, largest first")
+        axes.set_ylabel("training rows")
+        axes.axhline(counts.mean(), color=ORANGE, linewidth=1.5, linestyle="--")
+        axes.text(-0.5, counts.mean(), f" mean {counts.mean():.0f}", color="white", va="bottom", fontsize=11)
+        lines = ["largest", *(f"{_cut(name)}  {count}" for count, name in sizes[:3])]
+        lines += ["", "smallest", *(f"{_cut(name)}  {count}" for count, name in sizes[-3:])]
+        axes.text(0.99, 0.99, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=10.5)
+    axes.set_title(f"Class sizes: {counts.min()} to {counts.max()} rows")
+    return figure
+
+
+@styled
+def token_lengths(lengths: Sequence[int] | np.ndarray, max_length: int) -> KitFigure:
+    """Draw the lengths of the training texts in tokens, and what the limit cuts.
+
+    Args:
+        lengths: Tokens of each text, before any cut (`data.token_lengths`).
+        max_length: The limit, in tokens.
+
+    Returns:
+        A histogram with the 95th percentile and the longest text marked.
+    """
+    values = np.asarray(lengths)
+    longest, p95 = int(values.max()), float(np.percentile(values, 95))
+    figure, axes = new(height=3.8)
+    step = max(1, int(np.ceil(longest / 60)))
+    edges = np.arange(0.5, longest + step + 0.5, step)
+    heights, *_ = axes.hist(values, bins=edges, color=BLUE)
+    _vertical(axes, p95, ORANGE, f"95% have {p95:.0f} or fewer", 0.95)
+    over = int((values > max_length).sum())
+    none = "" if over else f"\n(limit {max_length}: none cut)"
+    _vertical(axes, longest, RED, f"longest: {longest}{none}", 0.8, left=True)
+    if over:
+        _vertical(axes, max_length, BLACK, f"limit {max_length}: {over:,} cut", 0.65)
+    axes.set_xlim(0, longest * 1.04)
+    axes.set_ylim(0, heights.max() * 1.08)
+    axes.set_xlabel("tokens, special ones included")
+    axes.set_ylabel("training texts")
+    axes.set_title(f"Text lengths: {values.mean():.1f} tokens on average")
+    return figure
+
+
+@styled
+def padding(waste: Mapping[str, Mapping[str, float]]) -> KitFigure:
+    """Draw how many tokens an epoch computes, by how batches are made.
+
+    Args:
+        waste: What `data.padding_waste` returned.
+
+    Returns:
+        A bar each way: real tokens and padding.
+    """
+    titles = {
+        "max_length": "all padded to the limit",
+        "longest": "random batches, padded\nto their longest text",
+        "grouped": "batches of like length",
+        "fixed_shapes": "like length, few shapes\n(for CUDA graphs)",
+    }
+    figure, axes = new(height=1.4 + 0.75 * len(waste))
+    places = np.arange(len(waste))
+    real = np.array([row["real"] for row in waste.values()])
+    padded = np.array([row["tokens"] for row in waste.values()]) - real
+    axes.barh(places, real, color=BLUE, label="text", height=0.6)
+    axes.barh(places, padded, left=real, color=ORANGE, label="padding", height=0.6)
+    for place, row in zip(places, waste.values(), strict=True):
+        axes.text(row["tokens"], place, f"  {_share(row['wasted'])} padding", va="center", fontsize=11)
+    axes.set_yticks(places, [titles.get(name, name) for name in waste])
+    axes.invert_yaxis()
+    axes.set_xlim(0, (real + padded).max() * 1.36)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("tokens an epoch")
+    axes.set_title("What padding costs")
+    axes.legend(loc="lower right")
+    return figure
+
+
+# ---- training ----
+
+
+@styled
+def training_curves(training: Mapping[str, Any]) -> KitFigure:
+    """Draw how a run went: loss, validation scores, learning rates, speed.
+
+    Args:
+        training: What a run's `training.json` holds (`Run.training`).
+
+    Returns:
+        Panels over the optimizer's steps; what the record lacks is left out.
+    """
+    losses = [row for row in training["losses"] if row.get("loss") is not None]
+    epochs = list(training["epochs"])
+    rates = sorted({key for row in losses for key in row if key.startswith("learning_rate")})
+    speeds = [
+        (row["step"], row["timing"]["tokens_per_second"])
+        for row in epochs
+        if row.get("timing", {}).get("tokens_per_second")
+    ]
+    panels: list[Callable[[Axes], None]] = [lambda axes: _loss_panel(axes, losses, epochs)]
+    if epochs:
+        panels.append(lambda axes: _validation_panel(axes, epochs, training.get("best_step")))
+    if rates:
+        panels.append(lambda axes: _rate_panel(axes, losses, rates))
+    if speeds:
+        panels.append(lambda axes: _speed_panel(axes, speeds))
+    heights = [1.5, 1.5, 1.0, 0.8][: len(panels)]
+    figure, grid = new(
+        height=0.6 + 1.95 * sum(heights), rows=len(panels), sharex=True, squeeze=False, height_ratios=heights
+    )
+    for axes, draw in zip(grid[:, 0], panels, strict=True):
+        draw(axes)
+        for row in epochs[:-1] if len(epochs) <= 12 else []:
+            axes.axvline(row["step"], color=PALE, linewidth=1, zorder=0)
+    grid[-1, 0].set_xlabel("step" + (" (grey lines: epochs)" if 1 < len(epochs) <= 12 else ""))
+    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    last = max([row["step"] for row in losses + epochs], default=1)
+    grid[-1, 0].set_xlim(0, last * 1.02)
+    return figure
+
+
+def _loss_panel(axes: Axes, losses: Sequence[Mapping[str, Any]], epochs: Sequence[Mapping[str, Any]]) -> None:
+    steps, values = [row["step"] for row in losses], np.array([row["loss"] for row in losses], dtype=float)
+    axes.plot(steps, values, color=SKY, linewidth=1, alpha=0.7)
+    axes.plot(steps, smooth(values), color=BLUE, label="training, smoothed")
+    held = [(row["step"], row["validation"]["loss"]) for row in epochs if row["validation"].get("loss") is not None]
+    if held:
+        axes.plot(*zip(*held, strict=True), color=ORANGE, marker="o", label="validation")
+    axes.set_ylim(bottom=0)
+    axes.set_title("Loss")
+    axes.set_ylabel("cross-entropy")
+    axes.legend(loc="upper right")
+
+
+def _validation_panel(axes: Axes, epochs: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    steps = [row["step"] for row in epochs]
+    for key, title, colour, mark in (("accuracy", "accuracy", GREEN, "s"), ("f1_macro", "macro F1", BLUE, "o")):
+        axes.plot(steps, [row["validation"][key] for row in epochs], color=colour, marker=mark, label=title)
+    chosen = next((row for row in epochs if row["step"] == best), None)
+    if chosen is not None:
+        value = chosen["validation"]["f1_macro"]
+        axes.plot(
+            chosen["step"],
+            value,
+            marker="o",
+            markersize=14,
+            markerfacecolor="none",
+            markeredgecolor=RED,
+            markeredgewidth=2,
+            linestyle="none",
+            label=f"kept: {value:.4f}",
+        )
+    axes.set_title("Validation")
+    axes.set_ylabel("score")
+    axes.margins(y=0.2)
+    axes.legend(loc="lower right")
+
+
+def _rate_panel(axes: Axes, losses: Sequence[Mapping[str, Any]], rates: Sequence[str]) -> None:
+    for i, key in enumerate(rates):
+        points = [(row["step"], row[key]) for row in losses if row.get(key) is not None]
+        title = key.removeprefix("learning_rate").strip("_/ ") or "adapters"
+        axes.plot(*zip(*points, strict=True), color=PALETTE[i], label=title)
+    axes.set_title("Learning rate")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=False)
+    if len(rates) > 1:
+        axes.legend(loc="upper right")
+
+
+def _speed_panel(axes: Axes, speeds: Sequence[tuple[int, float]]) -> None:
+    steps, values = zip(*speeds, strict=True)
+    starts = [0, *steps[:-1]]
+    widths = np.subtract(steps, starts)
+    axes.bar(starts, values, width=widths * 0.96, align="edge", color=SKY)
+    axes.set_title("Speed by epoch (padding not counted)")
+    axes.set_ylabel("tokens/s")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+
+
+def smooth(values: Sequence[float] | np.ndarray, span: int | None = None) -> np.ndarray:
+    """Smooth a curve: an exponential moving average, corrected for its start (Adam's, arXiv 1412.6980, section 3).
+
+    Args:
+        values: The curve.
+        span: About how many points are averaged; None takes a fifteenth of them.
+
+    Returns:
+        As many values.
+    """
+    series = np.asarray(values, dtype=float)
+    span = span or max(1, len(series) // 15)
+    keep, mean, result = 1 - 1 / span, 0.0, np.empty_like(series)
+    for i, value in enumerate(series):
+        mean = keep * mean + (1 - keep) * value
+        result[i] = mean / (1 - keep ** (i + 1))
+    return result
+
+
+# ---- evaluation ----
+
+
+@styled
+def metric_intervals(
+    contenders: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = ("accuracy", "f1_macro")
+) -> KitFigure:
+    """Draw contenders' scores with their 95% intervals, the first one standing out.
+
+    Args:
+        contenders: By the name to show, e.g. `{"fine-tuned": metrics["test"], "TF-IDF + SVM": ...}`; each
+            has `{"value", "low", "high"}` by metric.
+        metrics: Which metrics, a panel each.
+
+    Returns:
+        Points with intervals. The axis doesn't begin at 0: length means nothing here, position does.
+    """
+    titles = {"accuracy": "Accuracy", "f1_macro": "Macro F1", "f1_weighted": "Weighted F1", "loss": "Loss"}
+    height = 0.75 + 0.42 * len(contenders)
+    figure, grid = new(height=0.2 + height * len(metrics), rows=len(metrics), squeeze=False)
+    for axes, metric in zip(grid[:, 0], metrics, strict=True):
+        shown = [(name, scores[metric]) for name, scores in contenders.items() if metric in scores]
+        for place, (_, score) in enumerate(shown):
+            colour = BLUE if place == 0 else GREY
+            axes.plot([score["low"], score["high"]], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
+            axes.plot(score["value"], place, "o", color=colour, markersize=9)
+            axes.annotate(
+                f"{score['value']:.3f}",
+                (score["high"], place),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=12,
+                fontweight="bold" if place == 0 else "normal",
+            )
+        low, high = min(score["low"] for _, score in shown), max(score["high"] for _, score in shown)
+        room = max(high - low, 1e-3)
+        axes.set_xlim(low - 0.08 * room, high + 0.24 * room)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_yticks(range(len(shown)), [_cut(name, 30) for name, _ in shown])
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_title(f"{titles.get(metric, metric)} on the test rows, 95% interval")
+    return figure
+
+
+@styled
+def f1_by_label(rows: Sequence[Mapping[str, Any]], worst: int = 20) -> KitFigure:
+    """Draw how well each label is recognised: all of them sorted, and the worst by name.
+
+    Args:
+        rows: What `evaluation.per_label` returned.
+        worst: How many labels to name.
+
+    Returns:
+        Above, every label's F1, sorted; below, precision, recall and F1 of the worst ones.
+    """
+    known = [row for row in rows if row["support"] > 0]
+    order = sorted(known, key=lambda row: (row["f1"], row["label"]))
+    low = order[:worst]
+    heights = [3.0, 1.0 + 0.3 * len(low)]
+    figure = KitFigure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)  # so that the names below don't narrow what is above
+    top, bottom = above.subplots(), below.subplots()
+    values = np.array([row["f1"] for row in order])
+    named = np.arange(len(order)) < len(low)
+    top.scatter(np.flatnonzero(~named), values[~named], color=BLUE, s=26)
+    top.scatter(np.flatnonzero(named), values[named], color=RED, s=26, label=f"the {len(low)} worst, below")
+    top.axhline(values.mean(), color=BLACK, linewidth=1.2, linestyle="--")
+    top.text(len(order) - 0.5, values.mean() - 0.01, f"mean {values.mean():.3f}", ha="right", va="top", fontsize=11)
+    top.set_xticks([])
+    top.set_xlabel(f"{len(order)} labels, worst first")
+    top.set_ylabel("F1")
+    top.margins(y=0.12)
+    top.set_title("F1 by label")
+    if len(low) < len(order):
+        top.legend(loc="lower right")
+    for place, row in enumerate(low):
+        ends = sorted((row["precision"], row["recall"]))
+        bottom.plot(ends, [place, place], color=PALE, linewidth=4, zorder=1)
+    for key, mark, colour, title in (
+        ("precision", "<", ORANGE, "precision"),
+        ("recall", ">", GREEN, "recall"),
+        ("f1", "o", RED, "F1"),
+    ):
+        bottom.scatter(
+            [row[key] for row in low], range(len(low)), marker=mark, color=colour, s=44, label=title, zorder=2
+        )
+    bottom.set_yticks(range(len(low)), [_cut(row["label"], 38) for row in low], fontsize=10)
+    bottom.set_ylim(len(low) - 0.4, -0.6)
+    bottom.grid(axis="y", visible=False)
+    bottom.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    below.legend(*bottom.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def confusion_matrix(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequence[str]) -> KitFigure:
+    """Draw the whole confusion matrix; the diagonal is left pale, so that the errors show.
+
+    Args:
+        matrix: Rows counted by true (first axis) and predicted label.
+        names: The labels.
+
+    Returns:
+        Errors as shares of the true label's rows. With more than 30 labels the columns have the rows' numbers.
+    """
+    counts = np.asarray(matrix, dtype=float)
+    size = len(names)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    right = float(np.trace(counts) / max(counts.sum(), 1))
+    errors = np.where(np.eye(size, dtype=bool), np.nan, shares)
+    many = size > 30
+    side = 0.118 * size if many else 1.2 + 0.32 * size
+    figure, axes = new(width=max(WIDTH, side + 3.5), height=side + (1.9 if many else 3.6))
+    cmap = _HEAT.with_extremes(bad="#F3F3F3")
+    top = max(float(np.nanmax(errors)) if size > 1 else 0.0, 0.05)
+    image = axes.imshow(errors, cmap=cmap, norm=PowerNorm(0.6, 0, top), interpolation="nearest")
+    font = 7 if many else 10
+    labels = [f"{_cut(name, 40)}  {i + 1}" if many else _cut(name, 28) for i, name in enumerate(names)]
+    axes.set_yticks(range(size), labels, fontsize=font)
+    axes.set_xticks(
+        range(size), [str(i + 1) for i in range(size)] if many else labels, rotation=90, fontsize=5.5 if many else font
+    )
+    axes.set_xticks(np.arange(-0.5, size), minor=True)
+    axes.set_yticks(np.arange(-0.5, size), minor=True)
+    axes.grid(visible=False, which="major")
+    axes.grid(visible=True, which="minor", color="#F0F0F0", linewidth=0.4)
+    axes.tick_params(which="both", length=0)
+    axes.set_xlabel("predicted" + (" (numbers as on the left)" if many else ""))
+    axes.set_ylabel("true")
+    axes.set_title(f"Confusions: {_share(1 - right)} of {int(counts.sum()):,} rows are wrong")
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)
+    bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    bar.set_label("share of the true label's rows", fontsize=10)
+    bar.ax.tick_params(labelsize=10)
+    bar.outline.set_visible(False)
+    return figure
+
+
+@styled
+def most_confused(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequence[str], most: int = 12) -> KitFigure:
+    """Draw the part of the confusion matrix where most errors are, with its counts.
+
+    Args:
+        matrix: As for `confusion_matrix`.
+        names: The labels.
+        most: At most how many labels; those of the most frequent confusions.
+
+    Returns:
+        A small matrix with numbers; rows add up to less than the label's support where errors lie outside it.
+    """
+    counts = np.asarray(matrix, dtype=int)
+    errors = counts - np.diag(counts.diagonal())
+    chosen: list[int] = []
+    for place in np.argsort(-errors, axis=None, kind="stable"):
+        true, guess = divmod(int(place), len(names))
+        new_ones = {true, guess} - set(chosen)
+        if errors[true, guess] == 0 or len(chosen) + len(new_ones) > most:
+            break
+        chosen += sorted(new_ones)
+    if not chosen:
+        chosen = list(range(min(most, len(names))))
+    chosen = _neighbours(errors[np.ix_(chosen, chosen)], chosen)
+    part = counts[np.ix_(chosen, chosen)]
+    wrong = errors[np.ix_(chosen, chosen)]
+    size = len(chosen)
+    figure, axes = new(width=3.6 + 0.42 * size, height=3.3 + 0.42 * size)
+    shown = np.where(np.eye(size, dtype=bool), np.nan, wrong.astype(float))
+    axes.imshow(shown, cmap=_HEAT.with_extremes(bad="#EEEEEE"), vmin=0, vmax=max(wrong.max(), 1))
+    for row in range(size):
+        for column in range(size):
+            if part[row, column]:
+                dark = row != column and wrong[row, column] > 0.5 * wrong.max()
+                axes.text(
+                    column,
+                    row,
+                    str(part[row, column]),
+                    ha="center",
+                    va="center",
+                    fontsize=11,
+                    color="white" if dark else GREY if row == column else BLACK,
+                )
+    labels = [_cut(names[i], 30) for i in chosen]
+    axes.set_yticks(range(size), labels, fontsize=10)
+    axes.set_xticks(range(size), labels, rotation=90, fontsize=10)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    inside, everything = int(wrong.sum()), int(errors.sum())
+    figure.suptitle(
+        f"The most confused labels: {inside} of all {everything} errors",
+        fontsize=13,
+        fontweight="bold",
+        ha="left",
+        x=0.02,
+    )
+    return figure
+
+
+def _neighbours(errors: np.ndarray, chosen: Sequence[int]) -> list[int]:
+    """Order labels so that those confused with one another stand together."""
+    both = errors + errors.T
+    left = list(range(len(chosen)))
+    order: list[int] = []
+    while left:
+        seed = max(left, key=lambda i: both[i].sum() if not order else both[order[-1], i])
+        if order and both[order[-1], seed] == 0:
+            seed = max(left, key=lambda i: both[i].sum())
+        order.append(seed)
+        left.remove(seed)
+    return [chosen[i] for i in order]
+
+
+@styled
+def reliability(calibration: Mapping[str, Any]) -> KitFigure:
+    """Draw how far a classifier's confidence can be taken at its word.
+
+    Args:
+        calibration: What `evaluation.calibration` returned.
+
+    Returns:
+        Above, accuracy against confidence by bin, with the gap to the diagonal; below, how many rows each bin
+        has.
+    """
+    rows = [row for row in calibration["rows"] if row["count"]]
+    figure, (top, bottom) = new(width=5.6, height=6.4, rows=2, sharex=True, height_ratios=[3, 1])
+    top.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1.2)
+    for row in rows:
+        colour = RED if row["confidence"] > row["accuracy"] else GREEN
+        top.plot(
+            [row["confidence"]] * 2,
+            [row["accuracy"], row["confidence"]],
+            color=colour,
+            alpha=0.45,
+            linewidth=6,
+            solid_capstyle="butt",
+        )
+    top.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], color=BLUE, zorder=3)
+    few = [row for row in rows if row["count"] < 20]
+    for group, fill in ((few, "white"), ([row for row in rows if row["count"] >= 20], BLUE)):
+        top.plot(
+            [row["confidence"] for row in group],
+            [row["accuracy"] for row in group],
+            "o",
+            color=BLUE,
+            markerfacecolor=fill,
+            markersize=8,
+            zorder=4,
+        )
+    top.set_xlim(0, 1.02)
+    top.set_ylim(0, 1.04)
+    top.set_ylabel("accuracy")
+    top.set_title(f"Calibration: expected error {calibration['ece']:.3f}")
+    top.text(
+        0.03,
+        0.96,
+        "above the dashed line:\nmore often right than it says",
+        transform=top.transAxes,
+        va="top",
+        fontsize=11,
+        color=GREEN,
+    )
+    top.text(
+        0.97,
+        0.05,
+        "below: surer than it should be" + ("\nhollow: fewer than 20 rows" if few else ""),
+        transform=top.transAxes,
+        ha="right",
+        fontsize=11,
+        color=RED,
+    )
+    every = calibration["rows"]
+    bottom.bar(
+        [row["low"] for row in every],
+        [row["count"] for row in every],
+        width=[(row["high"] - row["low"]) * 0.94 for row in every],
+        align="edge",
+        color=SKY,
+    )
+    bottom.set_ylabel("rows")
+    bottom.set_xlabel("confidence: probability of the predicted label")
+    bottom.yaxis.set_major_locator(MaxNLocator(3))
+    return figure
+
+
+# ---- small things ----
+
+
+def _vertical(axes: Axes, x: float, colour: str, text: str, height: float, left: bool = False) -> None:
+    axes.axvline(x, color=colour, linewidth=1.6)
+    axes.annotate(
+        text,
+        (x, height),
+        (-6 if left else 6, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        fontsize=11,
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if 0 < value < 0.1 else f"{value:.0%}"
+
+
+def _cut(text: str, most: int = 34) -> str:
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else text[: most - 1] + "…"
