@@ -1,4 +1,4 @@
-"""bitsandbytes, imported so that it runs nothing from the hub.
+"""bitsandbytes, imported so that it runs nothing from the hub and reads back what it has stored.
 
 On a CPU with AVX512-BF16, bitsandbytes 0.50 looks for the package `kernels` while it is imported and, where
 that is installed, downloads compiled code from the hub and uses it. Nobody named that code, so for the length of
@@ -7,6 +7,8 @@ the import the package is hidden; bitsandbytes then takes the kernels that it sh
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import sys
 from typing import Any
@@ -28,6 +30,42 @@ finally:
             sys.modules["kernels"] = _hidden["kernels"]
 
 __all__ = ["bnb", "keep_weights_as_stored_"]
+
+
+class _FlatRows:
+    """bitsandbytes' C library with 4-bit weights always dequantized as one long row.
+
+    On a CPU with AVX-512, the library takes the wrong block's scale for a weight whose rows are a multiple of 16
+    but not of the block size long (32, 48, 80, 96, 416, ... with blocks of 64), without a word. (0.50.2; the
+    kernel counts blocks row by row, while quantization counts them through the whole tensor.) A weight handed
+    over as one row is read right.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._library, name)
+        if not name.startswith(("cdequantize_blockwise_cpu_nf4_", "cdequantize_blockwise_cpu_fp4_")):
+            return function
+
+        @functools.wraps(function)
+        def flat(packed: Any, absmax: Any, out: Any, block_size: Any, rows: Any, columns: Any) -> Any:
+            if columns.value % block_size.value:
+                rows, columns = ctypes.c_longlong(1), ctypes.c_longlong(rows.value * columns.value)
+            return function(packed, absmax, out, block_size, rows, columns)
+
+        return flat
+
+
+def _read_back_right() -> None:
+    from bitsandbytes.backends.cpu import ops
+
+    if not isinstance(ops.lib, _FlatRows):
+        ops.lib = _FlatRows(ops.lib)  # type: ignore[assignment]
+
+
+_read_back_right()
 
 
 def keep_weights_as_stored_(model: Any) -> Any:

@@ -37,9 +37,7 @@ def _pairs() -> torch.Tensor:
     """
     levels = quantization.codebook("int4")
     byte = torch.arange(256)
-    return (
-        torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).contiguous().view(torch.int64).reshape(256)
-    )
+    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).contiguous().view(torch.int64).reshape(256)
 
 
 @functools.cache
@@ -250,9 +248,7 @@ class Int4Linear(nn.Linear):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the stored bits stand for, [out_features, in_features]."""
         size = self.in_features * self.out_features
-        flat = dequantize(
-            self.weight, self.absmax, self.nested_absmax, self.offset, self.spec.block_size, size, dtype
-        )
+        flat = dequantize(self.weight, self.absmax, self.nested_absmax, self.offset, self.spec.block_size, size, dtype)
         return flat.view(self.out_features, self.in_features)
 
     def to_full_precision(self, dtype: torch.dtype = torch.float32) -> nn.Linear | Conv1D:
@@ -322,9 +318,7 @@ class LoraInt4Linear(LoraLinear):
         """Plain LoRA alone: DoRA and its like read the base weight, which is not there in floating point."""
         variant = super().resolve_lora_variant(config=config, **kwargs)
         if variant is not None:
-            raise KitError(
-                f"int4 layers take plain LoRA, not {type(variant).__name__}; use scheme 'nf4' for it"
-            )
+            raise KitError(f"int4 layers take plain LoRA, not {type(variant).__name__}; use scheme 'nf4' for it")
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -392,9 +386,7 @@ def quantize_linears_(
             "transformers the configuration that bitsandbytes_config returns"
         )
     skipped = [f".{name}." for name in skip_modules]
-    shared = Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    shared = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     found = [
         (name, module)
         for name, module in model.named_modules()

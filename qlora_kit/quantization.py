@@ -134,33 +134,7 @@ def bitsandbytes_config(
     return transformers.BitsAndBytesConfig(**options)
 
 
-@functools.cache
-def bitsandbytes_reads_back(scheme: str, in_features: int) -> bool:
-    """Try whether bitsandbytes on this machine's CPU reads back what it has stored.
-
-    On CPUs with AVX-512, bitsandbytes 0.50 takes the wrong block's scale for weights whose rows are a
-    multiple of 16 and not of 64 wide (32, 48, 80, 96, 416, ...), without a word; 64, 384, 576, 768, 1024 are
-    fine. So it is tried on a small weight, and what comes back is compared with the reference.
-
-    Args:
-        scheme: `nf4` or `fp4`.
-        in_features: Length of the rows, which is what decides.
-
-    Returns:
-        Whether weights of that width are multiplied with as they were stored.
-    """
-    import torch
-
-    from ._bnb import bnb
-
-    weight = torch.linspace(-1, 1, 64 * in_features).roll(7).view(64, in_features)
-    weight = weight * torch.arange(1, 65)[:, None]  # so that no two blocks have the same scale
-    packed, state = bnb.functional.quantize_4bit(weight, quant_type=scheme)
-    ours = quantize(weight, Quantization(scheme, double_quantization=False)).dequantize()
-    return torch.equal(bnb.functional.dequantize_4bit(packed, state), ours)
-
-
-# ---------------------------------------------------------------------------------------------- codebooks
+# --- codebooks ----------------------------------------------------------------------------------------------
 
 CODEBOOKS = ("nf4", "fp4", "int4", "e2m1", "e3m0")
 """Sixteen levels by name: the three that train, and two 4-bit floats that the paper and the standards
@@ -306,7 +280,7 @@ def _dynamic_table() -> torch.Tensor:
     return torch.bucketize(grid, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------- quantize
+# --- quantize -----------------------------------------------------------------------------------------------
 
 _SMALLEST_SCALE = 1e-38
 """Blocks whose largest weight is below this become zeros, as in bitsandbytes: its reciprocal would
@@ -490,7 +464,7 @@ def _quantize_8bit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _on(_dynamic_table, values.device)[slots], absmax
 
 
-# ------------------------------------------------------------------------------------- what it costs
+# --- what it costs ------------------------------------------------------------------------------------------
 
 
 def roundtrip(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = None) -> torch.Tensor:
@@ -719,8 +693,7 @@ def lloyd_max(levels: int = 16) -> tuple[tuple[float, ...], float]:
     return tuple([-level for level in reversed(better)] + better), mse
 
 
-# ------------------------------------------------------------------------------------- what it does to a
-# model
+# --- what it does to a model --------------------------------------------------------------------------------
 
 
 def quantize_weights_(

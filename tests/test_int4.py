@@ -33,8 +33,7 @@ def linear(out_features: int, in_features: int, bias: bool = True) -> nn.Linear:
     return layer
 
 
-# --- the layer
-# --------------------------------------------------------------------------------------------------
+# --- the layer ----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,8 +139,7 @@ def test_what_it_says_of_itself_and_what_it_refuses():
         Int4Linear(64, 64, spec=Quantization("nf4"))
 
 
-# --- a model of them
-# ----------------------------------------------------------------------------------------------
+# --- a model of them ----------------------------------------------------------------------------------------
 
 
 def gpt2(seed: int = 0) -> transformers.PreTrainedModel:
@@ -240,8 +238,7 @@ def test_a_state_dict_of_another_spec_is_refused():
             quantize_linears_(gpt2(), spec, ["score"]).load_state_dict(state)
 
 
-# --- under PEFT
-# ---------------------------------------------------------------------------------------------------
+# --- under PEFT ---------------------------------------------------------------------------------------------
 
 
 def adapted(name: str, **config: object) -> PeftModel:

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
 
-import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from qlora_kit import quantization
+from qlora_kit._bnb import bnb
 from qlora_kit.errors import KitError
 from qlora_kit.int4 import quantize_linears_
 from qlora_kit.quantization import BLOCK_SIZES, CODEBOOKS, SCHEMES, Quantization
@@ -23,8 +23,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- the spec
-# ---------------------------------------------------------------------------------------------------
+# --- the spec -----------------------------------------------------------------------------------------------
 
 
 def test_spec_is_frozen_and_its_default_is_the_papers():
@@ -74,8 +73,7 @@ def test_bitsandbytes_config_refuses_a_block_size_that_would_be_ignored():
         quantization.bitsandbytes_config(Quantization("nf4", block_size=128), torch.float32, [])
 
 
-# --- trap 12: bitsandbytes has no int4
-# -----------------------------------------------------------------------------
+# --- trap 12: bitsandbytes has no int4 ----------------------------------------------------------------------
 
 
 def test_trap_12_int4_never_reaches_bitsandbytes():
@@ -93,22 +91,22 @@ def test_trap_12_int4_never_reaches_bitsandbytes():
         quantize_linears_(nn.Sequential(nn.Linear(64, 64)), Quantization("nf4"))
 
 
-@pytest.mark.parametrize("in_features", [32, 48, 64, 96, 312, 384, 416, 576])
-def test_whether_bitsandbytes_reads_back_is_found_out(in_features):
-    """On a CPU with AVX-512 some widths are read back with another block's scale; elsewhere none is."""
-    layer = bnb.nn.Linear4bit(in_features, 128, bias=False, compress_statistics=False, quant_type="nf4")
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("in_features", [16, 32, 48, 64, 96, 312, 384, 416, 576])
+def test_bitsandbytes_multiplies_with_what_it_stored_whatever_the_width(in_features, scheme):
+    """On a CPU with AVX-512 it takes another block's scale at widths like 96 and 416, but for `_bnb._FlatRows`."""
+    layer = bnb.nn.Linear4bit(in_features, 128, bias=False, compress_statistics=False, quant_type=scheme)
     weight = normal(128, in_features)
     layer.load_state_dict({"weight": weight})
     layer = layer.to("cpu")
-    expected = quantization.roundtrip(weight, Quantization("nf4", double_quantization=False))
-    right = torch.allclose(layer(torch.eye(in_features)).T, expected, atol=1e-5)
-    assert quantization.bitsandbytes_reads_back("nf4", in_features) == right
-    if in_features % 64 == 0:
-        assert right
+    expected = quantization.roundtrip(weight, Quantization(scheme, double_quantization=False))
+    x = torch.eye(in_features, requires_grad=True)
+    torch.testing.assert_close(layer(x).T, expected, rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(gradient[0], expected.sum(0), rtol=1e-4, atol=1e-4)
 
 
-# --- codebooks
-# ------------------------------------------------------------------------------------------------------
+# --- codebooks ----------------------------------------------------------------------------------------------
 
 
 def test_codebooks_are_bitsandbytes_own():
@@ -152,8 +150,7 @@ def test_fp4s_smallest_level_is_a_sixteenth_of_the_standards():
     )
 
 
-# --- quantize
-# -------------------------------------------------------------------------------------------------------
+# --- quantize -----------------------------------------------------------------------------------------------
 
 
 def test_zero_stays_zero_and_the_largest_weight_of_a_block_is_exact():
@@ -213,8 +210,7 @@ def test_int8_agrees_with_bitsandbytes():
         quantization.quantize_int8(normal(64))
 
 
-# --- bits
-# -----------------------------------------------------------------------------------------------------------
+# --- bits ---------------------------------------------------------------------------------------------------
 
 
 def test_bits_per_parameter_are_the_papers():
@@ -296,8 +292,7 @@ def test_a_shared_weight_is_counted_once():
     assert torch.equal(model["out"].weight, model["embedding"].weight)
 
 
-# --- error
-# ----------------------------------------------------------------------------------------------------------
+# --- error --------------------------------------------------------------------------------------------------
 
 
 def test_error_measures():
@@ -352,8 +347,7 @@ def test_an_outlier_spoils_its_block_and_no_other():
     assert error[1].square().sum() > 20 * before[1].square().sum()
 
 
-# --- a model under it
-# -----------------------------------------------------------------------------------------------
+# --- a model under it ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4", "int8"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from qlora_kit._bnb import bnb as bitsandbytes
 from qlora_kit.quantization import BLOCK_SIZES, Quantization, quantize
+
+bnb = bitsandbytes.functional
 
 KINDS = ("normal", "zeros", "denormal", "constant", "outlier", "near the smallest scale", "all magnitudes", "huge")
 
@@ -74,8 +76,8 @@ def test_codes_absmax_and_nested_absmax_agree_to_the_last_bit(kind, size, seed, 
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.integers(1, 9),
-    # rows of a multiple of 16 and not of the block size are misread on some CPUs: bitsandbytes_reads_back
-    columns=st.sampled_from([2, 10, 30, 62, 312, 1024, 2048]),
+    # even, since odd rows go through a slow path that is compiled; bitsandbytes misread 96 and 416 (see _bnb)
+    columns=st.one_of(st.integers(1, 70).map(lambda half: 2 * half), st.sampled_from([312, 416, 1024])),
     seed=st.integers(0, 2**20),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     block_size=st.sampled_from([32, 64, 128, 256, 512, 1024]),
