@@ -29,6 +29,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
@@ -568,10 +569,11 @@ def build_classifier(
         else:
             model = _pretrained(auto, config, base, experiment.quantization, heads, dtype, device)
     if pooling == "mean":
-        if getattr(model, "pooler", None) is not None:
+        encoder: Any = model
+        if getattr(encoder, "pooler", None) is not None:
             # BERT's pooler is not on the way to the mean: it would be stored for nothing.
-            model.pooler = None
-        model = PooledClassifier(model, len(label_names)).to(device)
+            encoder.pooler = None
+        model = PooledClassifier(encoder, len(label_names)).to(device)
     for name in head_modules(model):
         getattr(model, name).float()
     return keep_weights_as_stored_(model).eval()
@@ -706,7 +708,7 @@ def quantize_with_bitsandbytes_(
             new.bias = nn.Parameter(module.bias.data, requires_grad=False)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], new.to(weight.device))
-    return model
+    return keep_weights_as_stored_(model)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -806,13 +808,22 @@ def is_head_parameter(name: str) -> bool:
     return ".modules_to_save." in name
 
 
+def head_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the head's trained parameters, in a model with adapters or without."""
+    names = {name for name, _ in model.named_parameters()}
+    if isinstance(model, peft.PeftModel):
+        return {name for name in names if is_head_parameter(name)}
+    heads = head_modules(model)
+    return {name for name in names if name.split(".")[0] in heads}
+
+
 def _position_ids_from_mask(model: nn.Module) -> None:
     """Number a decoder's positions by the mask, so that padding on the left changes nothing.
 
     GPT-2 and others count positions from the first column, padding included; transformers fixes that while
     generating, not while classifying.
     """
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if isinstance(inner, PooledClassifier) or not is_decoder(inner.config):
         return
     if "position_ids" not in inspect.signature(inner.forward).parameters:
@@ -844,8 +855,6 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         # PEFT's card is an empty form; the run folder has its own.
         (folder / "README.md").unlink(missing_ok=True)
     else:
-        from safetensors.torch import save_model
-
         save_model(model, str(folder / "model.safetensors"))
 
 
@@ -883,8 +892,6 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
     Raises:
         KitError: When a file is missing, damaged, or does not hold every trained weight.
     """
-    from safetensors.torch import load_file, load_model
-
     with_adapter = isinstance(model, peft.PeftModel)
     file = folder / ("adapter_model.safetensors" if with_adapter else "model.safetensors")
     if not file.is_file():
@@ -893,16 +900,17 @@ def load_weights_(model: nn.Module, folder: Path) -> None:
         if not with_adapter:
             load_model(model, str(file))
             return
-        result = peft.set_peft_model_state_dict(model, load_file(str(file)))
+        state = load_file(str(file))
     except Exception as error:
         raise KitError(f"{file} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    lost = sorted(trained & set(result.missing_keys))
-    if lost or result.unexpected_keys:
+    wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    lost, strange = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
+    if lost or strange:
         raise KitError(
-            f"{file} does not fit the model: {len(lost)} trained weights are missing and "
-            f"{len(result.unexpected_keys)} do not belong, the first {(lost or sorted(result.unexpected_keys))[0]!r}"
+            f"{file} does not fit the model: {len(lost)} trained weights are missing and {len(strange)} do not "
+            f"belong, the first {(lost or strange)[0]!r}"
         )
+    peft.set_peft_model_state_dict(model, state)
 
 
 def forward_texts(
@@ -963,7 +971,7 @@ def forward_texts(
 
 
 def _pooled_states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     states = inner.base_model(**batch).last_hidden_state
     # Frozen states of decoders are averaged too: without training, the last token's state knows little.
     return mean_pool(states, batch["attention_mask"])

@@ -444,7 +444,7 @@ class Run:
                 raise KitError(f"text {place} is {text!r}: allowed are texts with at least one visible character")
         import numpy as np
 
-        from . import models
+        from . import evaluation, models
 
         model, tokenizer = self.load()
         device = models.default_device()
@@ -459,11 +459,8 @@ class Run:
             too_long=self.experiment.data.too_long,
             progress=progress,
         ).reshape(len(texts), len(self.label_names))
-        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True, initial=-np.inf)
-        probabilities = np.exp(shifted)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
         ids = logits.argmax(axis=1) if len(texts) else np.zeros(0, np.int64)
-        return Predictions([self.label_names[index] for index in ids], ids, probabilities, logits)
+        return Predictions([self.label_names[index] for index in ids], ids, evaluation.probabilities(logits), logits)
 
 
 def load_run(folder: str | Path) -> Run:

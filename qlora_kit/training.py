@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, PrinterCallback
 
 from . import checkpoints, evaluation, models, records
 from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
@@ -58,6 +59,10 @@ class KitTrainer(Trainer):
         )
         self.meter = _Meter(self)
         super().__init__(**kwargs, callbacks=[*_callbacks(spec), self.meter])
+        self.model: Any  # the Trainer's own hint admits None, before a model is made
+        if self.args.disable_tqdm:
+            # Without bars the Trainer prints every log entry instead.
+            self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order if self.order is not None else super()._get_train_sampler(train_dataset)
@@ -67,10 +72,11 @@ class KitTrainer(Trainer):
         if self.optimizer is None:
             model = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(model))
+            heads = models.head_parameters(model)
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    key = (models.is_head_parameter(name), name in decayed)
+                    key = (name in heads, name in decayed)
                     groups.setdefault(key, []).append(parameter)
             head_rate = self.spec.head_learning_rate or self.spec.learning_rate
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -98,9 +104,10 @@ class KitTrainer(Trainer):
         best = self.state.best_global_step
         if best:
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        stateful: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                stateful[type(callback).__name__] = callback.state()
 
         def fill(made: Path) -> None:
             models.save_adapter(self.model, made / "adapter")
@@ -121,7 +128,7 @@ class KitTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         # The path in the state is where the folder was; the step's number is what stays true.
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
         models.load_weights_(self.model, best / "adapter")
 
 
@@ -315,8 +322,8 @@ def enable_checkpointing(model: torch.nn.Module, use_reentrant: bool) -> None:
         model: As `models.build` made it.
         use_reentrant: Which of torch's two implementations; handed on as it is.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = inner.base_model if isinstance(inner, models.PooledClassifier) else inner
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    base: Any = inner.base_model if isinstance(inner, models.PooledClassifier) else inner
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     if use_reentrant:
         # The reentrant way finds no gradient to carry unless its inputs need one, and frozen embeddings do not.
@@ -397,8 +404,8 @@ def finetune(
                     logger.warning("Going on from %s.", checkpoint)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 train_seconds = time.perf_counter() - train_started
-                validation = trainer.predict(TokenizedDataset(tokens["validation"], data.validation.labels))
-        metrics = evaluation.metrics(validation.predictions, np.asarray(data.validation.labels))
+                validation = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]  # it has one
+        metrics = evaluation.metrics(np.asarray(validation.predictions), np.asarray(data.validation.labels))
         training = _summary(
             trainer, experiment, data, metrics, train_seconds, time.perf_counter() - started, checkpoint
         )
@@ -527,7 +534,7 @@ def _summary(
     evaluations = [entry for entry in history if "eval_f1_macro" in entry]
     measured = {entry["step"]: entry for entry in history if "epoch_seconds" in entry}
     losses = [entry for entry in history if "loss" in entry and "eval_loss" not in entry]
-    epochs, before = [], 0
+    epochs, before = [], 0.0
     for entry in evaluations:
         step = entry["step"]
         own = [item["loss"] for item in losses if before < item["step"] <= step]
@@ -579,7 +586,7 @@ def _summary(
     }
 
 
-def _rate(measured: Mapping[int, Mapping[str, float]], what: str) -> float | None:
+def _rate(measured: Mapping[float, Mapping[str, float]], what: str) -> float | None:
     seconds = sum(entry["epoch_seconds"] for entry in measured.values())
     return sum(entry[what] for entry in measured.values()) / seconds if seconds else None
 
@@ -615,6 +622,37 @@ def _finish(
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+MODEL_CARD = """---
+library_name: peft
+pipeline_tag: text-classification
+tags: [qlora, lora, text-classification]
+{licence}---
+
+# {name}
+
+A classifier of {classes} classes: {model} fine-tuned on {data} by {method}, with qlora_kit.
+
+{score}
+
+## Use
+
+```python
+import qlora_kit as qk
+print(qk.load_run("this-folder").predict(["a text"]).labels)
+```
+
+It is meant for texts like those that it was trained on; on others its probabilities mean little. Whoever uses it
+answers for checking it on their own data first.
+
+## Training
+
+- {steps} steps of {rows_a_step} rows, learning rate {rate:g}, seed {seed}, {precision}, {optimizer}
+- {trainable:,} of {parameters:,} parameters trained
+- data: {train} rows for training, {validation} for validation
+- everything else: `experiment.yaml`, `training.json`, `environment.json`
+"""
+
+
 def model_card(experiment: Experiment, training: Mapping[str, Any], licence: str | None) -> str:
     """Return a run's model card: what it is, how it was made, what it is worth.
 
@@ -626,62 +664,41 @@ def model_card(experiment: Experiment, training: Mapping[str, Any], licence: str
     Returns:
         Markdown with the metadata that the hub reads.
     """
-    lora, quantization = experiment.lora, experiment.quantization
-    f1 = training["metrics"]["validation"]["f1_macro"]
-    method = (
-        "full fine-tuning"
-        if lora is None
-        else f"LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on a base stored as {quantization.label}"
-    )
+    lora, spec, rows = experiment.lora, experiment.training, training["rows"]
     # A path on somebody's disk is nobody else's business.
-    model_name = experiment.model.name if not Path(experiment.model.name).is_dir() else Path(experiment.model.name).name
-    data_name = Path(experiment.data.name).name
-    score = (
-        "The base has random weights: its scores say nothing, only its memory and speed do."
-        if training["random_weights"]
-        else f"Validation macro F1: {f1['value']:.4f} (95% interval {f1['low']:.4f} to {f1['high']:.4f}, bootstrap over "
-        f"{training['rows']['validation']} rows). Test scores are in `evaluation.json` once it is evaluated."
-    )
-    front = [
-        "library_name: peft",
-        "pipeline_tag: text-classification",
-        "tags: [qlora, lora, text-classification]",
-    ]
-    if licence:
-        front.append(f"license: {licence.lower()}")
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "---",
-            "",
-            f"# {experiment.name}",
-            "",
-            f"A classifier of {len(training['labels'])} classes: {_code(model_name)} fine-tuned on {_code(data_name)} by "
-            f"{method}, with qlora_kit.",
-            "",
-            score,
-            "",
-            "## Use",
-            "",
-            "```python",
-            "import qlora_kit as qk",
-            'print(qk.load_run("this-folder").predict(["a text"]).labels)',
-            "```",
-            "",
-            "It is meant for texts like those that it was trained on; on others its probabilities mean little. Whoever",
-            "uses it answers for checking it on their own data first.",
-            "",
-            "## Training",
-            "",
-            f"- {training['steps']} steps of {experiment.training.batch_size * experiment.training.gradient_accumulation} "
-            f"rows, learning rate {experiment.training.learning_rate:g}, seed {experiment.training.seed}, "
-            f"{training['precision']}, {training['optimizer']}",
-            f"- {training['parameters']['trainable']:,} of {training['parameters']['all']:,} parameters trained",
-            f"- data: {training['rows']['train']} rows for training, {training['rows']['validation']} for validation",
-            "- everything else: `experiment.yaml`, `training.json`, `environment.json`",
-            "",
-        ]
+    model_name = Path(experiment.model.name).name if Path(experiment.model.name).is_dir() else experiment.model.name
+    method = "full fine-tuning"
+    if lora is not None:
+        method = (
+            f"LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on a base stored as "
+            f"{experiment.quantization.label}"
+        )
+    if training["random_weights"]:
+        score = "The base has random weights: its scores say nothing, only its memory and speed do."
+    else:
+        f1 = training["metrics"]["validation"]["f1_macro"]
+        score = (
+            f"Validation macro F1: {f1['value']:.4f} (95% interval {f1['low']:.4f} to {f1['high']:.4f}, bootstrap "
+            f"over {rows['validation']} rows). Test scores are in `evaluation.json` once it is evaluated."
+        )
+    return MODEL_CARD.format(
+        licence=f"license: {licence.lower()}\n" if licence else "",
+        name=experiment.name,
+        classes=len(training["labels"]),
+        model=_code(model_name),
+        data=_code(Path(experiment.data.name).name),
+        method=method,
+        score=score,
+        steps=training["steps"],
+        rows_a_step=spec.batch_size * spec.gradient_accumulation,
+        rate=spec.learning_rate,
+        seed=spec.seed,
+        precision=training["precision"],
+        optimizer=training["optimizer"],
+        trainable=training["parameters"]["trainable"],
+        parameters=training["parameters"]["all"],
+        train=rows["train"],
+        validation=rows["validation"],
     )
 
 
@@ -706,7 +723,7 @@ def _tracking(experiment: Experiment, out: Path, name: str) -> Iterator[bool]:
         project=experiment.tracking.project,
         name=name,
         dir=str(out),
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]  # one of those
         config=experiment.to_dict(),
         settings=wandb.Settings(console="off", silent=mode == "offline"),
         reinit="finish_previous",

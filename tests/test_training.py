@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import qlora_kit as qk
+from qlora_kit import checkpoints, models, training
+from qlora_kit.experiment import TrainingSpec
+
+CPU = torch.device("cpu")
+
+
+class StopAt(TrainerCallback):
+    """Cuts a run off at a step, as a killed process would: nothing after the step is done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and not control.should_save:
+            raise KeyboardInterrupt
+
+
+class Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.optimizer = self.model = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.model, self.optimizer, self.args = model, optimizer, args
+
+
+def weights_of(run):
+    from safetensors.torch import load_file
+
+    return load_file(run.path / "adapter" / "adapter_model.safetensors")
+
+
+def untimed(record):
+    """Return a record without what differs between two equal runs: times and memory."""
+    if isinstance(record, dict):
+        return {key: untimed(value) for key, value in record.items() if key not in ("timing", "memory")}
+    return [untimed(value) for value in record] if isinstance(record, list) else record
+
+
+@pytest.fixture(scope="module")
+def finished(topics, tiny, tmp_path_factory):
+    """Return a finished tiny run and its experiment."""
+    from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec
+
+    experiment = Experiment(
+        name="tiny_bert",
+        model=ModelSpec(str(tiny("bert"))),
+        lora=LoraSpec(r=4, alpha=8, dropout=0.1),
+        training=TrainingSpec(
+            epochs=3, batch_size=16, learning_rate=5e-3, threads=1, logging_steps=2, checkpoint_steps=4
+        ),
+    )
+    return qk.finetune(experiment, data=topics, out=tmp_path_factory.mktemp("runs"), progress=False), experiment
+
+
+def test_a_run_folder_holds_what_the_contracts_say(finished):
+    run, _ = finished
+    found = {item.relative_to(run.path).parts[0] for item in run.path.rglob("*") if item.is_file()}
+    assert found == {
+        "experiment.yaml",
+        "adapter",
+        "tokenizer",
+        "training.json",
+        "README.md",
+        "environment.json",
+        "data",  # the rows were handed over as objects: evaluation needs the run folder alone
+        ".lock",
+    }
+    assert not [item for item in run.path.rglob("*") if item.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    record = run.training
+    assert record["rows"] == {
+        split: len(rows) for split, rows in qk.data.load_saved(run.path / "data").splits().items()
+    }
+    assert len(record["epochs"]) == 3
+    for epoch in record["epochs"]:
+        assert set(epoch["validation"]) == {"accuracy", "f1_macro", "f1_weighted", "loss"}
+        assert epoch["timing"]["tokens_per_second"] > epoch["timing"]["samples_per_second"] > 0
+        assert epoch["memory"]["peak_bytes"] > 0
+    f1 = record["metrics"]["validation"]["f1_macro"]
+    assert f1["low"] <= f1["value"] <= f1["high"]
+    assert record["metrics"]["validation"]["f1_macro"]["value"] == pytest.approx(
+        record["epochs"][-1]["validation"]["f1_macro"]
+    )
+    assert run.environment["checksums"]["data"] == qk.data.load_saved(run.path / "data").checksum
+    assert run.environment["threads"] == 1
+
+
+def test_the_loss_falls_and_is_the_golden_one(finished):
+    """Losses at a fixed seed: a change of these numbers is a change of what the kit trains."""
+    run, _ = finished
+    losses = [entry["loss"] for entry in run.training["losses"]]
+    assert losses[-1] < losses[0]
+    assert np.allclose(losses[:4], GOLDEN, rtol=2e-3), losses[:4]
+
+
+# Rounding differs between processors and versions of torch in the last digits, not in the third.
+GOLDEN = [1.7997, 1.8195, 1.7824, 1.8050]
+
+
+def test_real_tokens_are_counted_not_padding(finished, topics):
+    run, experiment = finished
+    tokenizer = models.load_tokenizer(experiment.model)
+    tokens = sum(len(row) for row in qk.data.tokenize(tokenizer, topics.train.texts, 128, "cut"))
+    epoch = run.training["epochs"][0]["timing"]
+    assert epoch["tokens_per_second"] * epoch["seconds"] == pytest.approx(tokens)
+    assert epoch["samples_per_second"] * epoch["seconds"] == pytest.approx(len(topics.train))
+
+
+@pytest.mark.parametrize("step", [2, 6, 9, 11, 13])
+def test_a_run_that_was_cut_off_ends_in_the_same_bits(finished, topics, tmp_path, step):
+    run, experiment = finished
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[StopAt(step)])
+    (cut,) = tmp_path.glob("tiny*")
+    saved = [checkpoints.step_of(item) for item in checkpoints.listed(cut / "checkpoints")]
+    assert not (cut / "training.json").exists()
+    with pytest.raises(ValueError, match="no finished run"):
+        qk.load_run(cut)
+    again = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert again.training["timing"]["resumed_from_step"] == (max(saved) if saved else None)
+    one, other = weights_of(run), weights_of(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert untimed(again.training) == untimed(run.training)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(finished, topics, tmp_path, caplog):
+    run, experiment = finished
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[StopAt(11)])
+    (cut,) = tmp_path.glob("tiny*")
+    newest, before = checkpoints.listed(cut / "checkpoints")[:2]
+    weights = newest / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    again = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert "adapter/adapter_model.safetensors is damaged" in caplog.text
+    assert again.training["timing"]["resumed_from_step"] == checkpoints.step_of(before)
+    assert all(torch.equal(weights_of(run)[name], value) for name, value in weights_of(again).items())
+
+
+def test_checkpoints_are_whole_and_hold_no_pickle(topics, tiny_experiment, tmp_path):
+    # Trap 18: training_args.bin is a pickle, and files are written straight into the checkpoint.
+    experiment = tiny_experiment("bert", training__checkpoints="keep")
+    run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    kept = checkpoints.listed(run.path / "checkpoints")
+    assert len(kept) == 2
+    for checkpoint in kept:
+        assert checkpoints.problem(checkpoint) is None
+        assert not (checkpoint / "training_args.bin").exists()
+        for item in checkpoint.rglob("*"):
+            if item.suffix in (".pt", ".pth", ".bin"):
+                with torch.serialization.safe_globals(_numpy_state()):
+                    torch.load(item, weights_only=True)
+    assert not list((run.path / "checkpoints").glob(".aside-*"))
+
+
+def _numpy_state():
+    # What transformers allows for numpy's random state.
+    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.int64))]
+
+
+class Evil:
+    """Says so in a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_a_hostile_pickle_in_a_checkpoint_does_not_run(finished, topics, tmp_path):
+    _, experiment = finished
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[StopAt(11)])
+    (cut,) = tmp_path.glob("tiny*")
+    target = tmp_path / "unpickled"
+    for checkpoint in checkpoints.listed(cut / "checkpoints"):
+        with open(checkpoint / "optimizer.pt", "wb") as stream:
+            pickle.dump(Evil(target), stream)
+        # As an attacker would: with a manifest that agrees.
+        manifest = {"schema": 1, "sha256": checkpoints._checksums(checkpoint)}
+        (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match=r"[Ww]eights.only|pickle"):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert not target.exists()
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, topics, tmp_path):
+    run, experiment = finished
+    again = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert untimed(again.training) == untimed(run.training)
+    other = qk.finetune(experiment.override({"training.seed": 1}), data=topics, out=tmp_path, progress=False)
+    assert untimed(other.training)["losses"] != untimed(run.training)["losses"]
+    assert {item.name for item in tmp_path.glob("*/")} == {"tiny_bert_seed0", "tiny_bert_seed1"}
+
+
+def test_a_finished_run_is_returned_and_another_is_moved_aside(finished, topics, tmp_path, caplog):
+    run, experiment = finished
+    here = tmp_path / "runs"
+    shutil.copytree(run.path, here / "mine")
+    before = (here / "mine" / "training.json").stat().st_mtime_ns
+    same = qk.finetune(experiment, data=topics, out=here, name="mine", progress=False)
+    assert (same.path / "training.json").stat().st_mtime_ns == before
+    qk.finetune(experiment.override({"training.epochs": 1}), data=topics, out=here, name="mine", progress=False)
+    assert "held another run" in caplog.text
+    (aside,) = [item for item in here.iterdir() if item.name != "mine"]
+    kept = qk.load_run(aside)
+    assert untimed(kept.training) == untimed(run.training)
+    assert qk.load_run(here / "mine").experiment.training.epochs == 1
+
+
+def test_two_runs_into_one_folder_do_not_mix(finished, topics, tmp_path):
+    from qlora_kit import records
+
+    _, experiment = finished
+    with (
+        records.locked(tmp_path / "tiny_bert_seed0"),
+        pytest.raises(ValueError, match="another process is writing into"),
+    ):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+
+
+def test_bad_input_leaves_no_run_folder(topics, tiny_experiment, tmp_path):
+    for changes, message in (
+        ({"model__name": "./nowhere"}, "no model folder"),
+        ({"lora__target_modules": ["no_such_layer"]}, "no_such_layer"),
+        ({"data__too_long": "refuse", "data__max_length": 8}, "token"),
+    ):
+        experiment = tiny_experiment("bert", **changes)
+        data = topics
+        if "data__too_long" in changes:
+            data = qk.data.dataclasses.replace(topics, spec=experiment.data)
+        with pytest.raises(ValueError, match=message):
+            qk.finetune(experiment, data=data, out=tmp_path, progress=False)
+        assert not list(tmp_path.rglob("experiment.yaml"))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_checkpointing_is_the_users_kind_and_changes_no_loss(topics, tiny_experiment, tmp_path, name, use_reentrant):
+    # Trap 5: use_reentrant is reset by the Trainer.
+    watch = Watch()
+    plain = tiny_experiment(name, training__epochs=1)
+    first = qk.finetune(plain, data=topics, out=tmp_path / "plain", progress=False)
+    experiment = plain.override({"training.gradient_checkpointing": True, "training.use_reentrant": use_reentrant})
+    second = qk.finetune(experiment, data=topics, out=tmp_path / "checkpointed", progress=False, callbacks=[watch])
+    functions = [
+        m._gradient_checkpointing_func for m in watch.model.modules() if hasattr(m, "_gradient_checkpointing_func")
+    ]
+    assert functions
+    assert {function.keywords["use_reentrant"] for function in functions} == {use_reentrant}
+    losses = [[entry["loss"] for entry in run.training["losses"]] for run in (first, second)]
+    assert np.allclose(*losses, rtol=1e-4)
+
+
+def test_adapters_and_head_have_learning_rates_of_their_own(topics, tiny_experiment, tmp_path):
+    watch = Watch()
+    experiment = tiny_experiment(
+        "bert", training__head_learning_rate=0.02, training__weight_decay=0.1, training__epochs=1
+    )
+    qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[watch])
+    groups = [
+        (group["initial_lr"], group["weight_decay"], sum(p.numel() for p in group["params"]))
+        for group in watch.optimizer.param_groups
+    ]
+    trainable = sum(p.numel() for p in watch.model.parameters() if p.requires_grad)
+    assert sum(count for *_, count in groups) == trainable
+    assert {(rate, decay) for rate, decay, _ in groups} == {(5e-3, 0.1), (0.02, 0.1), (0.02, 0.0)}
+    (bias,) = [count for rate, decay, count in groups if (rate, decay) == (0.02, 0.0)]
+    assert bias == len(topics.label_names)
+
+
+def test_one_device_a_process(topics, tiny_experiment, tmp_path):
+    # Trap 6: device_map="auto" spreads the model; several GPUs would mean DataParallel.
+    watch = Watch()
+    qk.finetune(tiny_experiment("bert", training__epochs=1), data=topics, out=tmp_path, callbacks=[watch])
+    assert watch.args.n_gpu <= 1
+    assert {parameter.device for parameter in watch.model.parameters()} == {models.default_device()}
+    assert getattr(watch.model.get_base_model().base, "hf_device_map", {"": 0}).keys() == {""}
+
+
+def test_paged_optimizers_have_a_plain_one_off_cuda(caplog):
+    # Trap 10: paged optimizers exist on CUDA only.
+    assert training.resolve_optimizer("paged_adamw_8bit", CPU) == "adamw_8bit"
+    assert "paged_adamw_8bit exists on CUDA only; this run takes adamw_8bit" in caplog.text
+    assert training.resolve_optimizer("paged_adamw_32bit", CPU) == "adamw_torch"
+    assert training.resolve_optimizer("paged_adamw_8bit", torch.device("cuda", 0)) == "paged_adamw_8bit"
+
+
+def test_an_8_bit_optimizer_trains_and_resumes_on_the_cpu(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment("gpt2", training__optimizer="paged_adamw_8bit", training__checkpoint_steps=4)
+    whole = qk.finetune(experiment, data=topics, out=tmp_path / "whole", progress=False)
+    assert whole.training["optimizer"] == "adamw_8bit"
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False, callbacks=[StopAt(6)])
+    again = qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False)
+    assert all(torch.equal(weights_of(whole)[name], value) for name, value in weights_of(again).items())
+
+
+def test_evaluation_has_a_loss(finished):
+    # Trap 11: PEFT hides the labels from the Trainer, and eval_loss is missing.
+    run, _ = finished
+    assert all(np.isfinite(epoch["validation"]["loss"]) for epoch in run.training["epochs"])
+
+
+def test_threads_are_set_and_recorded(topics, tiny_experiment, tmp_path):
+    # Trap 21: sums depend on the number of threads.
+    before = torch.get_num_threads()
+    try:
+        experiment = tiny_experiment("bert", training__threads=2, training__max_steps=2)
+        run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+        assert torch.get_num_threads() == run.environment["threads"] == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_arguments_that_old_and_new_transformers_share_are_used():
+    # Trap 22: names changed between 5.17 and 5.24.
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(training.training_arguments))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "TrainingArguments"
+    ]
+    used = {keyword.arg for keyword in calls[0].keywords}
+    gone_or_new = {
+        "group_by_length", "train_sampling_strategy", "activation_checkpointing", "activation_checkpointing_kwargs",
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "warmup_ratio", "no_cuda", "evaluation_strategy",
+        "overwrite_output_dir", "save_safetensors", "logging_dir", "restore_callback_states_from_checkpoint",
+    }  # fmt: skip
+    assert used and not used & gone_or_new
+
+
+def test_buckets_pad_less_than_shuffled_batches(topics, tiny_experiment, tmp_path):
+    seen = {}
+    for padding in ("buckets", "longest", "max_length"):
+        experiment = tiny_experiment("bert", training__padding=padding, training__epochs=1, data__max_length=64)
+        watch = Watch()
+
+        class Count(TrainerCallback):
+            cells = 0
+
+            def on_train_begin(self, args, state, control, model=None, **kwargs):
+                def count(module, args, kwargs):
+                    Count.cells += kwargs["input_ids"].numel()
+
+                model.get_base_model().register_forward_pre_hook(count, with_kwargs=True)
+
+        qk.finetune(
+            experiment,
+            data=qk.data.dataclasses.replace(topics, spec=experiment.override({"data.name": "memory"}).data),
+            out=tmp_path / padding,
+            progress=False,
+            callbacks=[Count(), watch],
+        )
+        seen[padding] = Count.cells
+    assert seen["buckets"] < seen["longest"] < seen["max_length"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment(
+        "bert", training__learning_rate=1e30, training__warmup_ratio=0.0, training__max_grad_norm=0
+    )
+    with pytest.raises(training.TrainingError, match=r"at step \d+ \(learning rate \de\+29\)\. Try a learning rate"):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert not list(tmp_path.rglob("training.json"))
+
+
+def test_the_best_epoch_is_kept_on_wish_and_training_stops_early(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment(
+        "bert", training__epochs=12, training__keep_best=True, training__early_stopping=2, training__learning_rate=0.02
+    )
+    run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    scores = {epoch["step"]: epoch["validation"]["f1_macro"] for epoch in run.training["epochs"]}
+    assert scores[run.training["best_step"]] == max(scores.values())
+    assert run.training["metrics"]["validation"]["f1_macro"]["value"] == pytest.approx(max(scores.values()))
+
+
+def test_full_fine_tuning_trains_everything_and_is_restored(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment("bert", quantization__scheme="none", lora=None, training__epochs=1)
+    run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert run.training["parameters"]["trainable"] == run.training["parameters"]["all"]
+    assert (run.path / "adapter" / "model.safetensors").is_file()
+    logits = run.predict(topics.validation.texts).logits
+    score = qk.evaluation.compute_metrics(logits, topics.validation.labels)["f1_macro"]
+    assert score == pytest.approx(run.training["metrics"]["validation"]["f1_macro"]["value"])
+
+
+def test_predictions_do_not_depend_on_the_batch(finished, topics):
+    run, _ = finished
+    texts = topics.test.texts
+    by_size = [run.predict(texts, batch_size=size).logits for size in (1, 7, 64)]
+    assert np.allclose(by_size[0], by_size[1], atol=1e-5)
+    assert np.allclose(by_size[0], by_size[2], atol=1e-5)
+    with pytest.raises(ValueError, match="list of texts"):
+        run.predict("one text")
+    with pytest.raises(ValueError, match="text 1 is ' '"):
+        run.predict(["a", " "])
+    assert run.predict([]).labels == []
+
+
+def test_no_room_on_the_disk_is_one_clear_message(finished, topics, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    run, experiment = finished
+    real = os.fsync
+
+    def full(descriptor):
+        if training_json_is_next[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
+
+    training_json_is_next = [False]
+
+    class Fill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            training_json_is_next[0] = state.global_step >= 8
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="no room left on the disk"):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[Fill()])
+    training_json_is_next[0] = False
+    monkeypatch.setattr(os, "fsync", real)
+    again = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert again.training["timing"]["resumed_from_step"] == 4
+    assert all(torch.equal(weights_of(run)[name], value) for name, value in weights_of(again).items())
