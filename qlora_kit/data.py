@@ -673,11 +673,10 @@ def _existing_file(name: str) -> Path | None:
 
 
 def _nearest_file(path: Path) -> str | None:
-    """Return the existing data file most like `path`: in its folder, or else below the current one."""
+    """Return the existing data file most like `path`: in its folder (or the current one), or one level below."""
     folder = path.parent if path.parent.is_dir() else Path()
-    patterns = ("*",) if path.parent.is_dir() else ("*", "*/*")
     try:
-        found = [p for pattern in patterns for p in folder.glob(pattern) if p.suffix.lower() in _SUFFIXES][:1000]
+        found = [p for pattern in ("*", "*/*") for p in folder.glob(pattern) if p.suffix.lower() in _SUFFIXES][:1000]
     except OSError:
         return None
     by_path = nearest(str(path), [str(p) for p in found])

@@ -435,7 +435,9 @@ def f1_by_label(rows: Sequence[Mapping[str, Any]], worst: int = 20) -> KitFigure
     heights = [3.0, 1.0 + 0.3 * len(low)]
     figure = KitFigure(figsize=(WIDTH, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)  # so that the names below don't narrow what is above
+    # Subfigures, so that the names below don't narrow what is above.
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = halves
     top, bottom = above.subplots(), below.subplots()
     values = np.array([row["f1"] for row in order])
     named = np.arange(len(order)) < len(low)

@@ -1,0 +1,597 @@
+"""Reading, checking, splitting, tokenizing and batching, on real files, real tokenizers and Banking77 itself."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import qlora_kit as qk
+from qlora_kit import data as kit
+from qlora_kit import models
+from qlora_kit.errors import KitError
+
+ROWS = [(f"{adjective} {noun}", label) for adjective in ("red", "big", "old", "new", "odd")
+        for noun, label in (("cat", "animal"), ("dog", "animal"), ("oak", "plant"), ("fern", "plant"))]  # fmt: skip
+
+
+def write_csv(path: Path, rows=ROWS, header=("text", "label"), **dialect) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, **dialect)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def read(path, **fields) -> qk.TextData:
+    return qk.text_classification(path, test=0.2, validation=0.2, **fields)
+
+
+def rows_of(data: qk.TextData) -> Counter:
+    return Counter(
+        (text, data.label_names[label])
+        for split in data.splits().values()
+        for text, label in zip(split.texts, split.labels, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def banking() -> qk.TextData:
+    return qk.banking77()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return models.load_tokenizer(qk.ModelSpec("embedded:minilm"))
+
+
+# ---- Banking77 ----
+
+
+def test_banking77_is_whole_and_split_as_published(banking):
+    assert [len(s) for s in banking.splits().values()] == [9002, 1001, 3080]
+    assert len(banking.label_names) == 77
+    assert banking.label_names[:2] == ("card_arrival", "card_linking")  # categories.json's order, not sorted
+    assert set(banking.train.labels) == set(banking.validation.labels) == set(banking.test.labels) == set(range(77))
+    assert set(Counter(banking.test.labels).values()) == {40}
+
+
+def test_banking77_splits_are_the_same_everywhere(banking):
+    # Pinned: another numpy, Python or machine must give the same rows, or old scores are of other data.
+    assert banking.checksum == "f848b17ab0ee8099679cf4844a13a6abbdca84072953f07e30f0bc03beade6cd"
+    other = qk.banking77(split_seed=1)
+    assert other.test == banking.test
+    assert other.validation != banking.validation
+    assert rows_of(other) == rows_of(banking)
+
+
+def test_validation_is_stratified(banking):
+    train, validation = Counter(banking.train.labels), Counter(banking.validation.labels)
+    for label in range(77):
+        whole = train[label] + validation[label]
+        assert abs(validation[label] - whole * 1001 / 10003) < 1
+
+
+def test_report_tells_what_is_known_of_banking77(banking, tokenizer):
+    report = banking.report(tokenizer)
+    assert json.loads(json.dumps(report)) == report
+    assert report["leaked_test"]["count"] == 7
+    assert report["leaked_test"]["indices"] == list(banking.leaked_test_indices)
+    assert report["duplicates"]["count"] == 4
+    assert report["conflicting_labels"] == [] and report["labels_alike"] == []
+    sizes = [row["train"] + row["validation"] for row in report["class_sizes"].values()]
+    assert (min(sizes), max(sizes), sum(sizes)) == (35, 187, 10003)
+    assert report["tokens"]["train"]["max"] == 98 and report["tokens"]["train"]["over_max_length"] == 0
+    short = dataclasses.replace(banking, spec=dataclasses.replace(banking.spec, max_length=20)).report(tokenizer)
+    lengths = kit.token_lengths(tokenizer, banking.test.texts)
+    assert short["tokens"]["test"]["over_max_length"] == int((lengths > 20).sum()) > 0
+
+
+def test_a_changed_banking77_is_refused(monkeypatch):
+    monkeypatch.setitem(kit.BANKING77_SHA256, "test.csv", "0" * 64)
+    with pytest.raises(KitError, match=r"test\.csv.*checksum"):
+        qk.banking77()
+
+
+def test_banking77_takes_no_test_of_another():
+    with pytest.raises(KitError, match="its own test rows"):
+        qk.banking77(test=0.1)
+    with pytest.raises(KitError, match=r"(?s)'limits'.*'limit'"):
+        qk.banking77(limits=5)
+
+
+@pytest.mark.parametrize("limit", [77, 300])
+def test_limit_keeps_a_stratified_share(banking, limit):
+    small = qk.banking77(limit=limit)
+    assert len(small.train) == limit and len(set(small.train.labels)) == 77
+    assert len(small.test) == round(3080 * limit / 9002)
+    assert max(Counter(small.test.labels).values()) <= 1 + 40 * limit / 9002
+    assert set(small.train.texts) <= set(banking.train.texts)  # limit never moves a row to another split
+    assert set(small.test.texts) <= set(banking.test.texts)
+    assert small.checksum == qk.banking77(limit=limit).checksum
+    with pytest.raises(KitError, match="77 or more"):
+        qk.banking77(limit=76)
+
+
+def test_importing_and_loading_needs_nothing_heavy():
+    code = (
+        "import sys, qlora_kit; qlora_kit.banking77();"
+        "print([m for m in ('torch', 'transformers', 'pandas', 'datasets', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- good files ----
+
+
+def test_kinds_of_source_give_the_same_data(tmp_path):
+    columns = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["plant", "animal"])})
+    sources = [
+        write_csv(tmp_path / "rows.csv"),
+        str(write_csv(tmp_path / "semicolons.csv", delimiter=";")),
+        write_csv(tmp_path / "rows.tsv", delimiter="\t"),
+        tmp_path / "rows.parquet",
+        datasets.Dataset.from_dict(columns),
+        datasets.Dataset.from_dict(
+            {"text": columns["text"], "label": [int(label == "animal") for label in columns["label"]]}, features=classes
+        ),
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)}),
+        pandas.DataFrame(columns),
+        pandas.DataFrame({**columns, "label": pandas.Categorical(columns["label"])}, index=range(100, 100 + len(ROWS))),
+    ]
+    checksums = {read(source).checksum for source in sources}
+    assert len(checksums) == 1
+    data = read(sources[0])
+    assert data.label_names == ("animal", "plant") and rows_of(data) == Counter(ROWS)
+    assert data.spec.name.endswith("rows.csv") and read(sources[4]).spec.name == "memory"
+
+
+def test_spec_of_a_file_gives_the_same_data_again(tmp_path):
+    data = read(write_csv(tmp_path / "rows.csv"), seed=3)
+    assert qk.data.load(data.spec) == data
+
+
+def test_test_rows_of_their_own(tmp_path):
+    train, test = write_csv(tmp_path / "train.csv"), write_csv(tmp_path / "test.csv", ROWS[:4])
+    data = qk.text_classification(train, test=str(test), validation=0.2)
+    assert data.test.texts == tuple(text for text, _ in ROWS[:4])
+    assert len(data.train) == 16 and len(data.leaked_test_indices) == 4
+    frame = pandas.DataFrame(ROWS, columns=["text", "label"])
+    assert qk.text_classification(frame, test=test, validation=0.2).test == data.test
+    assert qk.text_classification(train, test=frame[:4], validation=0.2).test == data.test
+    both = datasets.DatasetDict({name: datasets.Dataset.from_pandas(part) for name, part in
+                                 (("train", frame), ("test", frame[:4]), ("extra", frame[:8]))})  # fmt: skip
+    assert qk.text_classification(both, validation=0.2).test == data.test
+    assert len(qk.text_classification(both, test="extra", validation=0.2).test) == 8
+    with pytest.raises(KitError, match=r"'extr'.*Did you mean 'extra'"):
+        qk.text_classification(both, test="extr")
+
+
+def test_without_test_rows_a_tenth_is_held_out_and_said(tmp_path):
+    path = write_csv(tmp_path / "rows.csv")
+    with pytest.warns(UserWarning, match="10% of .*rows.csv is held out"):
+        data = qk.text_classification(path, validation=0.2)
+    assert len(data.test) == 2
+
+
+def test_labels_sort_by_value_where_they_are_numbers(tmp_path):
+    rows = [(f"text {i}", i % 12) for i in range(60)]
+    assert read(write_csv(tmp_path / "n.csv", rows)).label_names == tuple(str(i) for i in range(12))
+    frame = pandas.DataFrame(rows, columns=["text", "label"])
+    assert read(frame).checksum == read(tmp_path / "n.csv").checksum
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b"\xef\xbb\xbf" + b,  # BOM
+        lambda b: b.replace(b"\r\n", b"\n"),
+        lambda b: b.replace(b"\r\n", b"\r"),
+        lambda b: b.rstrip(b"\r\n"),  # no last line break
+        lambda b: b + b"\r\n\r\n",  # blank lines
+        lambda b: b.replace(b"text,label", b" text , label "),
+        lambda b: b.replace(b",plant", b", plant "),  # spaces around labels
+    ],
+)
+def test_harmless_oddities_of_a_file_change_nothing(tmp_path, change):
+    path = write_csv(tmp_path / "rows.csv")
+    expected = read(path).checksum
+    path.write_bytes(change(path.read_bytes()))
+    assert read(path).checksum == expected
+
+
+def test_texts_stand_as_they_are(tmp_path, tokenizer):
+    odd = ["🙂👩‍👩‍👧 ok", "שלום עולם", "مرحبا بالعالم", 'say "hi", twice\nplease', "x" * 100_000, "a\u2028b", "  spaced  ", "日本語"]
+    rows = [(text, "ab"[i % 2]) for i, text in enumerate(odd * 2)]
+    data = read(write_csv(tmp_path / "rows.csv", rows))
+    assert rows_of(data) == Counter(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(2 < len(ids) <= 64 for ids in kit.tokenize(tokenizer, odd, 64))
+
+
+def test_a_label_with_one_row_is_trained_on(tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [*ROWS, ("pink granite", "stone")])
+    with pytest.warns(UserWarning, match="'stone'"):
+        data = read(path)
+    stone = data.label_names.index("stone")
+    assert stone in data.train.labels and stone not in data.test.labels + data.validation.labels
+
+
+# ---- bad files ----
+
+GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in ROWS)
+BAD = {
+    "empty": (b"", "is empty"),
+    "blank": (b"\n \n", "is empty"),
+    "header only": (b"text,label\n", "no rows"),
+    "latin-1": (GOOD.replace("red oak", "caf\xe9 oak").encode("latin-1"), r"line 4: byte 0xe9 is not UTF-8"),
+    "utf-16": (GOOD.encode("utf-16"), "UTF-16"),
+    "utf-16 without mark": (GOOD.encode("utf-16-le"), r"line 1: a NUL character"),
+    "NUL": (GOOD.replace("red oak", "red\0oak").encode(), r"line 4: a NUL"),
+    "unclosed quote": (GOOD.replace("red oak", '"red oak').encode(), r"line 4: a double quote"),
+    "quote closed too early": (GOOD.replace("red oak", '"red" oak').encode(), r"line 4: a double quote"),
+    "backslash quote": (GOOD.replace("red oak", '"red \\"oak"').encode(), r"line 4: a double quote"),
+    "too many columns": (GOOD.replace("red oak", "red, oak").encode(), r"line 4: 3 columns where the header has 2"),
+    "too few columns": (GOOD.replace("red oak,plant", "red oak").encode(), r"line 4: 1 columns"),
+    "after a text of two lines": (
+        GOOD.replace("red cat", '"red\ncat"').replace("red oak,plant", "red oak").encode(),
+        r"line 5: 1 columns",
+    ),
+    "no text column": (GOOD.replace("text,label", "texts,label").encode(), r"'text'.*Did you mean 'texts'"),
+    "no label column": (GOOD.replace("text,label", "text,kind").encode(), r"no column 'label'.*text, kind"),
+    "no header": (GOOD.partition("\n")[2].encode(), r"first line names the columns"),
+    "two text columns": (("text," + GOOD.replace("\n", "\nx,")[:-2]).encode(), r"2 columns called 'text'"),
+    "empty text": (GOOD.replace("red oak", "").encode(), r"line 4: the text in column 'text' is empty"),
+    "white text": (GOOD.replace("red oak", " \u00a0\t").encode(), r"line 4: the text in column 'text' is empty"),
+    "three empty texts": (
+        GOOD.replace("red oak", "").replace("big oak", "").replace("old oak", "").encode(),
+        r"line 4: .*2 more such rows",
+    ),
+    "no label": (GOOD.replace("red oak,plant", "red oak,").encode(), r"line 4: no label"),
+    "one class": (GOOD.replace("plant", "animal").encode(), "'animal'; a classifier needs two"),
+    "two rows": (b"text,label\na,b\nc,d\n", "too few to hold out"),
+    "cut off in its last label": (GOOD[:-4].encode(), r"line 21: .*'pl'.*'plant'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_csv_is_refused_with_its_line(tmp_path, name):
+    content, message = BAD[name]
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(KitError, match=message) as caught:
+        read(path)
+    assert "rows.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (["a", None, "c", "d"], ["x", "y", "x", "y"], "row 2: no text"),
+        (["a", "b", "c", "d"], ["x", None, "x", "y"], "row 2: no label"),
+        (["a", "b", "c", "d"], ["x", float("nan"), "x", "y"], "row 2: no label"),
+        (["a", "b", 3, "d"], ["x", "y", "x", "y"], r"row 3: .*3 \(int\), which is no text"),
+        (["a", "b", "c", "d"], ["x", "y", 1, "x"], "row 3: label 1 where most labels are text"),
+        (["a", "b", "c", "d"], [0.0, 1.0, 0.0, 1.0], r"row 1: label 0.0 \(float\)"),
+        (["a", "b\0", "c", "d"], ["x", "y", "x", "y"], "row 2: .*NUL"),
+        (["a", "b", "c\ud800", "d"], ["x", "y", "x", "y"], "row 3: .*no valid Unicode"),
+        (["a", "b", "c", "d"], ["x", "y", "x", " "], "row 4: the label"),
+    ],
+)
+def test_bad_cells_of_a_table_are_refused_with_their_row(texts, labels, message):
+    frame = pandas.DataFrame({"text": pandas.Series(texts, dtype=object), "label": pandas.Series(labels, dtype=object)})
+    with pytest.raises(KitError, match=message):
+        read(frame)
+
+
+def test_missing_values_of_other_kinds(tmp_path):
+    frame = pandas.DataFrame({"text": ["a", "b", "c", "d"], "label": pandas.array([0, 1, None, 1], dtype="Int64")})
+    with pytest.raises(KitError, match="row 3: no label"):
+        read(frame)
+    table = datasets.Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [0, 1, -1]},
+        features=datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])}),
+    )
+    with pytest.raises(KitError, match="row 3: no label"):
+        read(table)
+    with pytest.raises(KitError, match=r"'txt'.*'text'"):
+        read(table, text="txt")
+    with pytest.raises(KitError, match="same column"):
+        read(table, text="label")
+
+
+def test_labels_that_training_lacks_are_named(tmp_path):
+    train = write_csv(tmp_path / "train.csv")
+    test = write_csv(tmp_path / "test.csv", [*ROWS[:3], ("blue whale", "animals")])
+    with pytest.raises(KitError, match=r"test.csv, line 5: label 'animals' is none of the 2.*did you mean 'animal'"):
+        qk.text_classification(train, test=test, validation=0.2)
+
+
+def test_mistyped_paths_never_reach_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_csv(tmp_path / "data" / "train.csv")
+
+    def no_hub(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_hub)
+    for wrong in ("data/trian.csv", "dat/train.csv", "data/train", "./train.parquet", "data/train.txt", "notes", "data"):
+        with pytest.raises(KitError) as caught:
+            qk.text_classification(wrong, test=0.2)
+        if wrong not in ("notes",):
+            assert "train.csv" in str(caught.value), wrong
+    (tmp_path / "data" / "train.txt").write_text("x")
+    with pytest.raises(KitError, match=r"'\.txt'"):
+        qk.text_classification("data/train.txt", test=0.2)
+    with pytest.raises(KitError, match="no file 'data/tset.csv'.*train.csv"):
+        qk.text_classification("data/train.csv", test="data/tset.csv")
+
+
+def test_a_hub_name_is_asked_for_and_its_failure_said():
+    # conftest.py sets HF_HUB_OFFLINE: the real client, without a network.
+    with pytest.raises(KitError, match="hub data set 'nobody/no-such-set' could not be loaded"):
+        qk.text_classification("nobody/no-such-set", test=0.1)
+
+
+def test_other_things_are_refused():
+    with pytest.raises(KitError, match=r"is a list\. Allowed"):
+        qk.text_classification([("a", "b")], test=0.1)
+    with pytest.raises(KitError, match="run folder"):
+        qk.data.load(qk.DataSpec(name="memory"))
+    stream = datasets.Dataset.from_dict({"text": ["a"], "label": ["b"]}).to_iterable_dataset()
+    with pytest.raises(KitError, match="streamed"):
+        qk.text_classification(stream, test=0.1)
+
+
+# ---- generated files ----
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(str.strip)
+LABELS = st.sampled_from(["a", "b b", "ü", "🙂", "x,y", 'q"q'])
+TABLE = st.lists(st.tuples(TEXT, LABELS), min_size=1, max_size=25)
+quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def outcome(source) -> qk.TextData | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return read(source)
+        except KitError as error:
+            assert str(error)
+            return None
+
+
+@settings(quick, max_examples=60)
+@given(TABLE)
+def test_any_table_comes_back_right_or_is_refused(tmp_path, rows):
+    classes = len({label for _, label in rows})
+    found = [outcome(write_csv(tmp_path / "rows.csv", rows))]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [t for t, _ in rows], "label": [label for _, label in rows]}), tmp_path / "rows.parquet"
+    )
+    found.append(outcome(tmp_path / "rows.parquet"))
+    # Refused only for a reason that is in the rows: too few to hold out two shares and keep each label.
+    enough = classes > 1 and len(rows) >= 2 + classes + len(rows) // 4 + 2
+    for data in found:
+        assert data is not None or not enough
+        if data is not None:
+            assert rows_of(data) == Counter(rows)
+            assert set(data.train.labels) == set(range(classes))
+            assert len(data.validation) and len(data.test)
+
+
+@settings(quick, max_examples=120)
+@given(TABLE, st.data())
+def test_a_file_cut_off_anywhere_is_a_beginning_or_refused(tmp_path, rows, draw):
+    whole = write_csv(tmp_path / "whole.csv", rows).read_bytes()
+    at = draw.draw(st.integers(0, len(whole)))
+    cut = tmp_path / "cut.csv"
+    cut.write_bytes(whole[:at])
+    data = outcome(cut)
+    if data is not None:
+        got = rows_of(data)
+        odd = got - Counter(rows)
+        # All it has stood in the whole file, but for a last label that is cut and begins no other.
+        assert sum(odd.values()) <= 1
+        for text, label in odd:
+            assert any(text == t and whole_label.startswith(label) for t, whole_label in rows)
+
+
+@settings(quick, max_examples=60)
+@given(st.data())
+def test_a_parquet_file_cut_off_or_damaged_is_right_or_refused(tmp_path, draw):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [t for t, _ in ROWS], "label": [x for _, x in ROWS]}), path)
+    whole = path.read_bytes()
+    at = draw.draw(st.integers(0, len(whole) - 1))
+    path.write_bytes(whole[:at])
+    with pytest.raises(KitError, match=r"rows\.parquet"):
+        read(path)
+    damaged = bytearray(whole)
+    damaged[at] ^= draw.draw(st.integers(1, 255))
+    path.write_bytes(damaged)
+    outcome(path)
+
+
+@settings(quick, max_examples=150)
+@given(st.binary(max_size=200), st.integers(0, 200), st.booleans())
+def test_any_bytes_in_a_csv_are_right_or_refused(tmp_path, noise, at, whole):
+    path = tmp_path / "rows.csv"
+    content = GOOD.encode()
+    path.write_bytes(noise if whole else content[:at] + noise + content[at:])
+    outcome(path)
+
+
+# ---- saved rows ----
+
+
+def test_saved_rows_come_back_and_changes_are_noticed(tmp_path):
+    rows = [*ROWS, ("line\u2028separator \n and more", "animal"), ("<script>alert(1)</script>", "plant")]
+    data = read(pandas.DataFrame(rows, columns=["text", "label"]))
+    folder = data.save(tmp_path / "run" / "data")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "data.json", "labels.json", "test.jsonl", "train.jsonl", "validation.jsonl"]  # fmt: skip
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["data"]
+    again = kit.load_saved(folder)
+    assert again == data and again.checksum == data.checksum
+    assert data.save(folder) == folder  # the same again: nothing to do
+    with pytest.raises(KitError, match="other data"):
+        qk.banking77(limit=77).save(folder)
+    file = folder / "train.jsonl"
+    content = file.read_text(encoding="utf-8")
+    for broken, message in (
+        (content.replace("red", "rad", 1), "changed"),
+        (content[: len(content) // 2], "line"),
+        (content.replace("animal", "mineral", 1), "line"),
+    ):
+        file.write_text(broken, encoding="utf-8")
+        with pytest.raises(KitError, match=message):
+            kit.load_saved(folder)
+    file.unlink()
+    with pytest.raises(KitError, match=r"there is no .*train\.jsonl"):
+        kit.load_saved(folder)
+
+
+# ---- tokens ----
+
+
+def test_long_texts_are_cut_and_counted_once(tokenizer):
+    texts = ["one two three", "word " * 50, "word " * 60]
+    with pytest.warns(UserWarning, match=r"2 of 3 texts cut to 16 tokens") as caught:
+        ids = kit.tokenize(tokenizer, texts, 16)
+    assert len(caught) == 1
+    assert [len(row) for row in ids] == [5, 16, 16]
+    assert ids[1][-1] == tokenizer.sep_token_id  # cut within, so that the model sees its end token
+    assert tokenizer.backend_tokenizer.truncation is None  # or it would be saved with the run
+    with pytest.raises(KitError, match=r"training text 2 .*52 tokens.*max_length=16"):
+        kit.tokenize(tokenizer, texts, 16, "refuse", what="training text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(kit.tokenize(tokenizer, texts, 128, "refuse")[1]) == 52
+    with pytest.raises(KitError, match="at most 512"):
+        kit.tokenize(tokenizer, texts, 4096)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_collator_pads_and_masks(side):
+    rows = kit.TokenizedDataset([[5, 6, 7], [8]], [1, 0])
+    batch = kit.collator(9, side=side)([rows[0], rows[1]])
+    short = [8, 9, 9] if side == "right" else [9, 9, 8]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], short]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [int(t != 9) for t in short]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_collator_widths():
+    rows = kit.TokenizedDataset([[1] * 5, [1] * 9])
+    both = [rows[0], rows[1]]
+
+    def width(*args, **kwargs):
+        return kit.collator(0, *args, **kwargs)(both)["input_ids"].shape[1]
+
+    assert width("longest") == width("buckets") == 9
+    assert width("max_length", 32) == 32
+    assert width("longest", pad_to_multiple_of=8) == 16
+    assert width("longest", edges=kit.BUCKET_EDGES) == 12
+    assert width("longest", 10, edges=kit.BUCKET_EDGES) == 10  # no wider than a text may be
+    assert "labels" not in kit.collator(0)(both)
+    with pytest.raises(KitError, match="'longst'.*'longest'"):
+        kit.collator(0, "longst")
+    with pytest.raises(KitError, match="side"):
+        kit.collator(0, side="middle")
+
+
+# ---- order ----
+
+
+@pytest.fixture(scope="module")
+def lengths(banking, tokenizer) -> list[int]:
+    return kit.token_lengths(tokenizer, banking.train.texts).tolist()
+
+
+def test_every_row_once_and_like_lengths_together(lengths):
+    for edges in (None, kit.BUCKET_EDGES):
+        sampler = kit.LengthBatchSampler(lengths, 32, seed=0, edges=edges)
+        for epoch in (0, 1, 7):
+            sampler.set_epoch(epoch)
+            assert sorted(sampler) == list(range(len(lengths)))
+    waste = kit.padding_waste(lengths, 32)
+    assert waste["grouped"]["wasted"] < 0.05 < waste["fixed_shapes"]["wasted"] < 0.15
+    assert waste["longest"]["wasted"] > 0.5 and waste["max_length"]["wasted"] > 0.85
+    assert {row["real"] for row in waste.values()} == {sum(lengths)}
+
+
+def test_order_is_a_function_of_seed_and_epoch(lengths):
+    sampler = kit.LengthBatchSampler(lengths, 32, seed=0)
+    first = sampler.order(1)
+    sampler.set_epoch(5)
+    list(sampler)
+    assert (kit.LengthBatchSampler(lengths, 32, seed=0).order(1) == first).all()
+    assert (sampler.order(2) != first).any() and (kit.LengthBatchSampler(lengths, 32, seed=1).order(1) != first).any()
+    # Pinned: a run resumed with another numpy must see the same order.
+    digest = hashlib.sha256(kit.LengthBatchSampler([3, 1, 4, 1, 5, 9, 2, 6], 2, seed=7).order(3).tobytes()).hexdigest()
+    assert digest[:16] == "b578c2bc555f05bd"
+
+
+def test_longest_batch_comes_first_in_the_first_epoch_only(lengths):
+    sampler = kit.LengthBatchSampler(lengths, 32, seed=0)
+    sizes = np.array(lengths)
+    assert sizes[sampler.order(0)[:32]].max() >= np.sort(sizes)[-40]
+    firsts = [sizes[sampler.order(epoch)[:32]].mean() for epoch in range(1, 30)]
+    assert np.mean(firsts) < 1.5 * sizes.mean()
+
+
+def test_batches_stay_random(lengths):
+    sampler = kit.LengthBatchSampler(lengths, 32, seed=0)
+    sizes = np.array(lengths)
+    together = [set(map(frozenset, sampler.order(epoch)[: 281 * 32].reshape(281, 32).tolist())) for epoch in (1, 2)]
+    assert not together[0] & together[1]
+    means = sizes[sampler.order(1)[: 281 * 32]].reshape(281, 32).mean(axis=1)
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2  # neighbours in time have nothing in common
+
+
+@pytest.mark.parametrize(("n", "batch"), [(1, 4), (3, 4), (4, 4), (9, 4), (5, 1), (0, 3)])
+def test_small_sets(n, batch):
+    order = kit.LengthBatchSampler(list(range(1, n + 1)), batch, window=1).order(0)
+    assert sorted(order.tolist()) == list(range(n))
+    with pytest.raises(KitError):
+        kit.LengthBatchSampler([1], 0)
+
+
+def test_loader_workers_do_not_change_the_batches(lengths):
+    rows = kit.TokenizedDataset([[7] * length for length in lengths[:200]], list(range(200)))
+    batches = []
+    for workers in (0, 2):
+        sampler = kit.LengthBatchSampler(rows.lengths, 16, seed=1)
+        sampler.set_epoch(2)
+        loader = torch.utils.data.DataLoader(
+            rows, batch_size=16, sampler=sampler, collate_fn=kit.collator(0), num_workers=workers
+        )
+        batches.append([batch["labels"].tolist() for batch in loader])
+    assert batches[0] == batches[1]
+    assert len(batches[0]) == 13 and len(batches[0][-1]) == 8
