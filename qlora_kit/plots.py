@@ -662,6 +662,306 @@ def reliability(calibration: Mapping[str, Any]) -> KitFigure:
     return figure
 
 
+# ---- quantization ----
+
+SCHEME_COLOURS = {
+    "none": BLACK,
+    "int8": GREY,
+    "nf4": BLUE,
+    "fp4": ORANGE,
+    "int4": GREEN,
+    "e2m1": PINK,
+    "e3m0": SKY,
+}
+
+
+def _density(x: np.ndarray) -> np.ndarray:
+    return np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+
+
+@styled
+def codebooks(levels: Mapping[str, Sequence[float]], reach: float = 2.4) -> KitFigure:
+    """Draw where each codebook has its levels, below the bell curve that weights come from.
+
+    Args:
+        levels: By name, in [-1, 1].
+        reach: Standard deviations that 1 stands for: the usual largest of a block of 64 normal weights.
+
+    Returns:
+        The density above, a row of ticks for each codebook below.
+    """
+    figure, (top, bottom) = new(
+        height=2.3 + 0.55 * len(levels), rows=2, sharex=True, height_ratios=[1.7, 0.55 * len(levels)]
+    )
+    x = np.linspace(-1.12, 1.12, 400)
+    top.fill_between(x, _density(x * reach), color=PALE)
+    top.set_ylim(0)
+    top.set_yticks([])
+    top.set_ylabel("how many\nweights")
+    top.grid(visible=False)
+    for place, (name, values) in enumerate(levels.items()):
+        colour = SCHEME_COLOURS.get(name, BLACK)
+        inside = [value for value in values if abs(value) <= 1.001]
+        bottom.vlines(inside, place - 0.34, place + 0.34, color=colour, linewidth=2.4)
+    bottom.set_ylim(len(levels) - 0.4, -0.6)
+    bottom.set_yticks(range(len(levels)), list(levels))
+    bottom.grid(axis="y", visible=False)
+    bottom.set_xlabel("weight / largest weight of its block")
+    return figure
+
+
+@styled
+def block_before_after(
+    weights: Sequence[float] | np.ndarray, restored: Mapping[str, Sequence[float] | np.ndarray]
+) -> KitFigure:
+    """Draw one block's weights before and after quantization, a panel for each scheme.
+
+    Args:
+        weights: The block, [n].
+        restored: What each scheme makes of it, [n], by name.
+
+    Returns:
+        Dots on the levels; a stem from each weight to its level is the error.
+    """
+    before = np.asarray(weights, dtype=float)
+    order = np.argsort(before)
+    figure, grid = new(height=0.6 + 1.75 * len(restored), rows=len(restored), sharex=True, squeeze=False)
+    place = np.arange(len(before))
+    for axes, (name, after) in zip(grid[:, 0], restored.items(), strict=True):
+        values = np.asarray(after, dtype=float)[order]
+        colour = SCHEME_COLOURS.get(name, BLUE)
+        axes.hlines(np.unique(values), -1, len(before), color=PALE, linewidth=1.2, zorder=0)
+        axes.vlines(place, before[order], values, color=RED, linewidth=1.6)
+        axes.plot(place, before[order], "-", color=GREY, linewidth=1.4)
+        axes.plot(place, values, "o", color=colour, markersize=4)
+        error = np.sqrt(np.mean((before[order] - values) ** 2))
+        axes.set_title(f"{name}: {len(np.unique(values))} levels in use, typical error {error:.3g}", fontsize=12)
+        axes.grid(visible=False)
+        axes.set_ylabel("weight")
+    grid[-1, 0].set_xlim(-1, len(before))
+    grid[-1, 0].set_xlabel("the block's weights, smallest to largest (grey); stored (dots); error (red)")
+    return figure
+
+
+@styled
+def error_by_layer(rows: Sequence[Mapping[str, Any]], title: str = "") -> KitFigure:
+    """Draw the signal-to-noise ratio of every linear layer under each scheme.
+
+    Args:
+        rows: Each with `layer`, `scheme`, `snr_db`, layers in the model's order.
+        title: Whose layers they are.
+
+    Returns:
+        A line of dots for each scheme, with its median named at the right.
+    """
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    figure, axes = new(height=3.6)
+    last = 0
+    for scheme in schemes:
+        values = [row["snr_db"] for row in rows if row["scheme"] == scheme]
+        last = max(last, len(values))
+        colour = SCHEME_COLOURS.get(scheme, BLUE)
+        axes.plot(range(1, len(values) + 1), values, ".", color=colour, markersize=6)
+        axes.annotate(
+            f"{scheme} {np.median(values):.1f}",
+            (len(values), float(np.median(values))),
+            (10, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+    axes.set_xlim(0, last * 1.2)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("linear layer, first to last")
+    axes.set_ylabel("signal to noise, dB")
+    axes.set_title(title)
+    return figure
+
+
+@styled
+def error_by_block_size(rows: Sequence[Mapping[str, Any]], limit_db: float | None = None) -> KitFigure:
+    """Draw how error grows with the block size.
+
+    Args:
+        rows: Each with `scheme`, `block_size`, `snr_db`.
+        limit_db: Signal to noise of the best sixteen fixed levels (Lloyd-Max).
+
+    Returns:
+        A line for each scheme.
+    """
+    figure, axes = new(height=3.8)
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        points = sorted((row["block_size"], row["snr_db"]) for row in rows if row["scheme"] == scheme)
+        axes.plot(*zip(*points, strict=True), "o-", color=SCHEME_COLOURS.get(scheme, BLUE), label=scheme, markersize=5)
+    if limit_db is not None:
+        axes.axhline(limit_db, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "best 16 fixed levels", (1, limit_db), (0, 4), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", fontsize=11,
+        )  # fmt: skip
+    sizes = sorted({row["block_size"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_xlabel("weights that share a scale")
+    axes.set_ylabel("signal to noise, dB")
+    axes.legend(ncols=2)
+    return figure
+
+
+@styled
+def bits_against_error(
+    points: Sequence[Mapping[str, Any]], lloyd_max: Mapping[float, float] | None = None
+) -> KitFigure:
+    """Draw what each scheme pays in bits and gets in signal to noise, with the limits of both.
+
+    Args:
+        points: Each with `label`, `scheme`, `bits`, `snr_db`.
+        lloyd_max: Signal to noise of the best fixed levels by bits a weight.
+
+    Returns:
+        A point for each scheme; Shannon's limit for normal values, 6.02 dB a bit, as a line, and the best fixed
+        levels as another.
+    """
+    figure, axes = new(height=4.4)
+    bits = np.array([2.7, 8.6])
+    axes.plot(bits, 20 * np.log10(2) * bits, color=GREY, linewidth=1.6)
+    axes.annotate(
+        "Shannon's limit", (6.1, 20 * np.log10(2) * 6.1), (-6, 6), textcoords="offset points", ha="right", color=GREY
+    )
+    if lloyd_max:
+        axes.plot(*zip(*sorted(lloyd_max.items()), strict=True), "--", color=BLACK, linewidth=1.4)
+        most = max(lloyd_max)
+        axes.annotate(
+            "best fixed levels", (most, lloyd_max[most]), (4, -4), textcoords="offset points", va="top", fontsize=11
+        )
+    for point in points:
+        colour = SCHEME_COLOURS.get(point["scheme"], BLUE)
+        hollow = point.get("hollow", False)
+        axes.plot(
+            point["bits"], point["snr_db"], "o", color=colour, markersize=9,
+            markerfacecolor="white" if hollow else colour, markeredgewidth=2,
+        )  # fmt: skip
+        if point["label"]:
+            axes.annotate(
+                point["label"], (point["bits"], point["snr_db"]), point.get("offset", (9, -4)),
+                textcoords="offset points", color=colour, fontweight="bold", fontsize=11,
+            )  # fmt: skip
+    axes.set_xlim(2.8, 8.7)
+    axes.set_ylim(min(point["snr_db"] for point in points) - 3, max(point["snr_db"] for point in points) + 4)
+    axes.set_xlabel("bits stored for each weight")
+    axes.set_ylabel("signal to noise, dB")
+    return figure
+
+
+@styled
+def outlier_in_block(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
+    """Draw what one large weight does to the others of its block.
+
+    Args:
+        rows: Each with `scheme`, `outlier` (times the standard deviation), `rms` (of the other weights' error, in
+            standard deviations).
+
+    Returns:
+        A line for each scheme, and the error of writing 0 for every weight.
+    """
+    figure, axes = new(height=3.6)
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        points = sorted((row["outlier"], row["rms"]) for row in rows if row["scheme"] == scheme)
+        axes.plot(*zip(*points, strict=True), "o-", color=SCHEME_COLOURS.get(scheme, BLUE), label=scheme, markersize=5)
+    axes.axhline(1, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "as bad as storing zeros", (0, 1), (4, -5), xycoords=("axes fraction", "data"), textcoords="offset points",
+        va="top", fontsize=11,
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    outliers = sorted({row["outlier"] for row in rows})
+    axes.set_xticks(outliers, [f"{outlier:g}" for outlier in outliers])
+    axes.minorticks_off()
+    axes.set_xlabel("the outlier, in standard deviations of the others")
+    axes.set_ylabel("error of the others")
+    axes.legend()
+    return figure
+
+
+@styled
+def perplexity_ratios(rows: Sequence[Mapping[str, Any]], title: str = "") -> KitFigure:
+    """Draw by how much each scheme makes a language model worse at predicting text.
+
+    Args:
+        rows: Each with `label`, `scheme`, `value`, `low`, `high`: perplexity over the unquantized model's.
+        title: Which model and text.
+
+    Returns:
+        Points with 95% intervals, the best at the top.
+    """
+    shown = sorted(rows, key=lambda row: row["value"])
+    figure, axes = new(height=1.2 + 0.4 * len(shown))
+    for place, row in enumerate(shown):
+        colour = SCHEME_COLOURS.get(row["scheme"], BLUE)
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
+        axes.plot(row["value"], place, "o", color=colour, markersize=8)
+        axes.annotate(f"{row['value']:.3f}", (row["high"], place), (8, 0), textcoords="offset points", va="center")
+    axes.axvline(1, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
+    highest = max(row["high"] for row in shown)
+    axes.set_xlim(min(1.0, *(row["low"] for row in shown)) - 0.02 * (highest - 1), highest + 0.2 * (highest - 1))
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_yticks(range(len(shown)), [row["label"] for row in shown])
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("perplexity, times that of the unquantized model (95%)")
+    axes.set_title(title)
+    return figure
+
+
+@styled
+def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
+    """Draw what fine-tuning reaches on a base stored in each scheme, and what that costs.
+
+    Args:
+        rows: Rows of results/schemes.json.
+
+    Returns:
+        Each seed's test macro F1 and their mean; bits a weight; training time.
+    """
+
+    def label(row: Mapping[str, Any]) -> str:
+        single = row["scheme"] in ("nf4", "fp4", "int4") and not row["double_quantization"]
+        return row["scheme"] + (", scales in fp32" if single else "")
+
+    names = list(dict.fromkeys(label(row) for row in rows))
+    figure, (left, right) = new(height=1.3 + 0.55 * len(names), columns=2, sharey=True, width_ratios=[1.7, 1])
+    slowest = max(row["train_seconds"] for row in rows)
+    for place, name in enumerate(names):
+        mine = [row for row in rows if label(row) == name]
+        colour = SCHEME_COLOURS.get(mine[0]["scheme"], BLUE)
+        scores = [row["f1_macro"] for row in mine]
+        left.plot(scores, [place] * len(scores), "o", color=colour, markersize=7, alpha=0.45, markeredgewidth=0)
+        left.plot([np.mean(scores)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        left.annotate(
+            f"{np.mean(scores):.4f}", (float(np.mean(scores)), place - 0.32), ha="center", va="bottom", fontsize=11
+        )
+        seconds = float(np.mean([row["train_seconds"] for row in mine]))
+        right.barh(place, seconds, color=colour, height=0.55)
+        bits = np.mean([row["bits_per_parameter"] for row in mine])
+        right.annotate(
+            f"{seconds:.0f} s, {bits:.3g} bits", (seconds, place), (5, 0), textcoords="offset points", va="center",
+            fontsize=11, annotation_clip=False,
+        )  # fmt: skip
+    left.set_ylim(len(names) - 0.4, -0.75)
+    left.set_yticks(range(len(names)), names)
+    left.grid(axis="y", visible=False)
+    left.xaxis.set_major_locator(MaxNLocator(4))
+    left.set_xlabel("test macro F1, a dot a seed")
+    right.grid(visible=False)
+    right.set_xlim(0, 2.4 * slowest)
+    right.xaxis.set_major_locator(MaxNLocator(2))
+    right.set_xlabel("training time, s")
+    return figure
+
+
 # ---- small things ----
 
 
