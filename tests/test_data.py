@@ -147,7 +147,9 @@ def test_kinds_of_source_give_the_same_data(tmp_path):
     columns = {"text": [text for text, _ in ROWS], "label": [label for _, label in ROWS]}
     table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    classes = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["plant", "animal"])})
+    classes = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["plant", "animal"])}
+    )
     sources = [
         write_csv(tmp_path / "rows.csv"),
         str(write_csv(tmp_path / "semicolons.csv", delimiter=";")),
@@ -223,7 +225,16 @@ def test_harmless_oddities_of_a_file_change_nothing(tmp_path, change):
 
 
 def test_texts_stand_as_they_are(tmp_path, tokenizer):
-    odd = ["🙂👩‍👩‍👧 ok", "שלום עולם", "مرحبا بالعالم", 'say "hi", twice\nplease', "x" * 100_000, "a\u2028b", "  spaced  ", "日本語"]
+    odd = [
+        "🙂👩‍👩‍👧 ok",
+        "שלום עולם",
+        "مرحبا بالعالم",
+        'say "hi", twice\nplease',
+        "x" * 100_000,
+        "a\u2028b",
+        "  spaced  ",
+        "日本語",
+    ]
     rows = [(text, "ab"[i % 2]) for i, text in enumerate(odd * 2)]
     data = read(write_csv(tmp_path / "rows.csv", rows))
     assert rows_of(data) == Counter(rows)
@@ -339,7 +350,15 @@ def test_mistyped_paths_never_reach_the_hub(tmp_path, monkeypatch):
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(datasets, "load_dataset", no_hub)
-    for wrong in ("data/trian.csv", "dat/train.csv", "data/train", "./train.parquet", "data/train.txt", "notes", "data"):
+    for wrong in (
+        "data/trian.csv",
+        "dat/train.csv",
+        "data/train",
+        "./train.parquet",
+        "data/train.txt",
+        "notes",
+        "data",
+    ):
         with pytest.raises(KitError) as caught:
             qk.text_classification(wrong, test=0.2)
         if wrong not in ("notes",):
@@ -369,7 +388,9 @@ def test_other_things_are_refused():
 
 # ---- generated files ----
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(
+    str.strip
+)
 LABELS = st.sampled_from(["a", "b b", "ü", "🙂", "x,y", 'q"q'])
 TABLE = st.lists(st.tuples(TEXT, LABELS), min_size=1, max_size=25)
 quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

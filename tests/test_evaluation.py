@@ -1,0 +1,338 @@
+"""Metrics against scikit-learn, intervals that cover, baselines and a whole report on a run that was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import evaluate as hf_evaluate
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
+
+import qlora_kit as qk
+from qlora_kit import evaluation
+from qlora_kit.errors import KitError
+
+
+def some_logits(rows=400, classes=7, signal=2.0, seed=0, absent=()):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([c for c in range(classes) if c not in absent], size=rows)
+    logits = rng.normal(size=(rows, classes)).astype(np.float32)
+    logits[np.arange(rows), labels] += signal
+    return logits, labels
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize("absent", [(), (2, 6)])
+def test_values_are_scikit_learns(absent):
+    logits, labels = some_logits(absent=absent)
+    guess = logits.argmax(axis=1)
+    shares = evaluation.probabilities(logits)
+    expected = {
+        "accuracy": accuracy_score(labels, guess),
+        "f1_macro": f1_score(labels, guess, average="macro"),
+        "f1_weighted": f1_score(labels, guess, average="weighted"),
+        "loss": log_loss(labels, shares, labels=range(7)),
+    }
+    found = evaluation.metrics(logits, labels, resamples=50)
+    assert list(found) == list(evaluation.METRICS)
+    for name, value in expected.items():
+        assert found[name]["value"] == pytest.approx(value, abs=1e-12), name
+        assert found[name]["low"] <= found[name]["high"]
+    simple = evaluation.compute_metrics(logits, labels)
+    assert simple == pytest.approx({k: v for k, v in expected.items() if k != "loss"}, abs=1e-12)
+    assert "loss" not in evaluation.metrics(guess, labels, resamples=5)
+
+
+def test_every_resample_is_scored_as_scikit_learn_would():
+    logits, labels = some_logits(rows=40, classes=9, signal=1.0)  # few rows: classes go missing from resamples
+    guess = logits.argmax(axis=1)
+    drawn = np.concatenate(list(evaluation._draws(40, 60, seed=3)))
+    scores = {
+        "accuracy": [accuracy_score(labels[rows], guess[rows]) for rows in drawn],
+        "f1_macro": [f1_score(labels[rows], guess[rows], average="macro") for rows in drawn],
+        "f1_weighted": [f1_score(labels[rows], guess[rows], average="weighted") for rows in drawn],
+    }
+    found = evaluation.metrics(logits, labels, resamples=60, seed=3)
+    for name, values in scores.items():
+        assert [found[name]["low"], found[name]["high"]] == pytest.approx(np.percentile(values, [2.5, 97.5])), name
+
+
+def test_intervals_are_seeded_and_as_wide_as_theory_says():
+    logits, labels = some_logits(rows=3000, classes=2, signal=1.5)
+    first, again, other = (evaluation.metrics(logits, labels, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    p = first["accuracy"]["value"]
+    half = 1.96 * np.sqrt(p * (1 - p) / 3000)
+    assert first["accuracy"]["high"] - first["accuracy"]["low"] == pytest.approx(2 * half, rel=0.1)
+    losses = evaluation.cross_entropy(logits, labels)
+    half = 1.96 * losses.std() / np.sqrt(3000)
+    assert first["loss"]["high"] - first["loss"]["low"] == pytest.approx(2 * half, rel=0.1)
+
+
+def test_lists_are_as_good_as_arrays():
+    logits, labels = some_logits(rows=64)
+    expected = evaluation.metrics(logits, labels, resamples=20)
+    assert expected == evaluation.metrics(logits.tolist(), labels.tolist(), resamples=20)
+
+
+def test_the_metric_is_an_evaluate_metric_and_needs_no_hub_and_no_home(tmp_path):
+    assert isinstance(evaluation.KitMetrics(), hf_evaluate.Metric)
+    # Trap 15: evaluate.load fetches a script. Here: no hub, no network at all, and a cache that can't be written.
+    blocked = tmp_path / "file-not-folder"
+    blocked.write_text("")
+    code = (
+        "import socket\n"
+        "def refuse(*a, **k): raise OSError('no network in this test')\n"
+        "socket.socket.connect = refuse; socket.create_connection = refuse\n"
+        "from qlora_kit import evaluation\n"
+        "print(evaluation.compute_metrics([1, 0, 2, 2], [1, 0, 0, 2]))\n"
+    )
+    env = {**os.environ, "HF_HOME": str(blocked), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "'accuracy': 0.75" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        ([[0.1, 0.2]], [], "at least one row"),
+        ([[0.1, 0.2]], [0, 1], "1 predictions for 2 labels"),
+        ([[0.1, float("nan")], [0.1, 0.2]], [0, 1], "row 0 are not finite"),
+        ([[0.1, 0.2]], [2], "label 2 has no logit"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(logits, labels, message):
+    with pytest.raises(KitError, match=message):
+        evaluation.metrics(np.array(logits), labels)
+
+
+def test_large_logits_do_not_overflow():
+    found = evaluation.metrics(np.array([[1e4, 0.0], [0.0, 1e4]], dtype=np.float32), [0, 0], resamples=5)
+    assert found["loss"]["value"] == pytest.approx(5000)
+
+
+# ---- paired differences ----
+
+
+def test_a_pair_is_told_apart_where_single_intervals_overlap():
+    rng = np.random.default_rng(0)
+    logits, labels = some_logits(rows=2000, classes=5, signal=2.0)
+    better = logits.copy()
+    better[np.arange(2000), labels] += 0.08  # right wherever the other is, and a little more often
+    a, b = evaluation.metrics(better, labels), evaluation.metrics(logits, labels)
+    assert a["f1_macro"]["low"] < b["f1_macro"]["high"]
+    gap = evaluation.paired_difference(better, logits, labels)
+    assert gap["value"] == pytest.approx(a["f1_macro"]["value"] - b["f1_macro"]["value"])
+    assert 0 < gap["low"] < gap["value"] < gap["high"]
+    flipped = evaluation.paired_difference(logits, better, labels)
+    assert flipped == pytest.approx({"value": -gap["value"], "low": -gap["high"], "high": -gap["low"]})
+    noise = logits + rng.normal(scale=0.01, size=logits.shape)
+    none = evaluation.paired_difference(noise, logits, labels)
+    assert none["low"] <= 0 <= none["high"]
+
+
+@pytest.mark.parametrize("metric", evaluation.METRICS)
+def test_seeds_are_averaged_and_rows_drawn_jointly(metric):
+    _, labels = some_logits(rows=300)
+    seeds = [some_logits(rows=300, seed=0)[0] + some_logits(rows=300, seed=s)[0] * 0.5 for s in (1, 2, 3)]
+    other = [some_logits(rows=300, seed=0, signal=1.5)[0]]
+    found = evaluation.paired_difference(seeds, other, labels, metric, resamples=40, seed=5)
+
+    def score(logits, rows):
+        one = evaluation.metrics(logits[rows], labels[rows], resamples=1)
+        return one[metric]["value"]
+
+    every = np.arange(300)
+    assert found["value"] == pytest.approx(np.mean([score(s, every) for s in seeds]) - score(other[0], every))
+    drawn = [
+        np.mean([score(s, rows) for s in seeds]) - score(other[0], rows)
+        for rows in np.concatenate(list(evaluation._draws(300, 40, 5)))
+    ]
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+
+
+def test_pairs_take_predictions_lists_and_logits():
+    logits, labels = some_logits(rows=50)
+    guess = logits.argmax(axis=1)
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert evaluation.paired_difference(guess, logits, labels) == zero
+    assert evaluation.paired_difference(guess.tolist(), [guess.tolist(), logits], labels) == pytest.approx(zero)
+    with pytest.raises(KitError, match="needs logits"):
+        evaluation.paired_difference(guess, logits, labels, "loss")
+    with pytest.raises(KitError, match=r"'f1'.*Allowed: accuracy, f1_macro"):
+        evaluation.paired_difference(guess, logits, labels, "f1")
+
+
+# ---- where it errs ----
+
+
+def test_per_label_is_scikit_learns():
+    logits, labels = some_logits(absent=(3,))
+    names = [f"label {i}" for i in range(7)]
+    rows = evaluation.per_label(logits, labels, names)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, logits.argmax(axis=1), labels=range(7), zero_division=0
+    )
+    assert [row["label"] for row in rows] == names
+    for key, values in (("precision", precision), ("recall", recall), ("f1", f1), ("support", support)):
+        assert [row[key] for row in rows] == pytest.approx(list(values))
+    assert json.loads(json.dumps(rows)) == rows
+    matrix = evaluation.confusion_matrix(logits, labels, 7)
+    assert (matrix == confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))).all()
+    with pytest.raises(KitError, match="no name"):
+        evaluation.per_label(logits, labels, names[:3])
+
+
+def test_confusions_name_pairs_with_their_surest_texts():
+    labels = [0, 0, 0, 0, 1, 1, 2]
+    logits = np.eye(3)[[1, 1, 2, 0, 0, 1, 2]] * np.array([[1], [3], [2], [1], [1], [1], [1]])
+    texts = [f"text {i}" for i in range(7)]
+    rows = evaluation.confusions(logits, labels, ["a", "b", "c"], texts)
+    assert [(row["true"], row["predicted"], row["count"], row["share"]) for row in rows] == [
+        ("a", "b", 2, 0.5), ("a", "c", 1, 0.25), ("b", "a", 1, 0.5)]  # fmt: skip
+    assert [example["text"] for example in rows[0]["examples"]] == ["text 1", "text 0"]
+    assert 0 < rows[0]["examples"][1]["confidence"] < rows[0]["examples"][0]["confidence"] < 1
+    assert len(evaluation.confusions(logits, labels, ["a", "b", "c"], texts, most=1, examples=1)) == 1
+    assert evaluation.confusions(np.eye(3)[labels], labels, ["a", "b", "c"], texts) == []
+    assert (
+        "confidence" not in evaluation.confusions([1, 1, 1, 1, 1, 1, 1], labels, list("abc"), texts)[0]["examples"][0]
+    )
+
+
+def test_calibration_by_hand():
+    shares = np.array([[0.95, 0.05], [0.95, 0.05], [0.55, 0.45], [0.45, 0.55]])
+    found = evaluation.calibration(np.log(shares), [0, 1, 0, 1])
+    # (0.9, 1.0]: two rows, half of them right, 0.95 sure; (0.5, 0.6]: two rows, both right, 0.55 sure.
+    assert found["ece"] == pytest.approx(0.5 * 0.45 + 0.5 * 0.45)
+    assert [row["count"] for row in found["rows"]] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert found["rows"][9]["accuracy"] == 0.5 and found["rows"][0]["confidence"] is None
+    assert (found["accuracy"], found["confidence"]) == (0.75, pytest.approx(0.75))
+
+
+def test_a_calibrated_classifier_is_found_calibrated():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=2, size=(20_000, 4))
+    labels = np.array([rng.choice(4, p=p) for p in evaluation.probabilities(logits)])
+    assert evaluation.calibration(logits, labels)["ece"] < 0.01
+    assert evaluation.calibration(logits * 3, labels)["ece"] > 0.1
+
+
+# ---- baselines and a run's report ----
+
+
+def test_baselines_learn_and_choose_on_validation(topics):
+    def embed(texts):  # the simplest real embedding: counts of letters
+        return np.array([[text.lower().count(c) for c in "abcdefghijklmnopqrstuvwxyz"] for text in texts], float)
+
+    found = evaluation.baselines(topics, embed, resamples=200, progress=False)
+    assert list(found) == ["tfidf_svm", "embedding_svm"]
+    for name, row in found.items():
+        assert row["train_rows"] == len(topics.train)
+        assert len(row["predictions"]) == len(topics.test)
+        assert row["accuracy"]["value"] == np.mean(np.array(row["predictions"]) == topics.test.labels)
+        assert row["validation"][f"{row['C']:g}"] == max(row["validation"].values())
+        assert set(row["validation"]) == {f"{c:g}" for c in evaluation.BASELINE_C[name]}
+    assert found["tfidf_svm"]["accuracy"]["value"] > 0.8 > found["embedding_svm"]["accuracy"]["value"] > 1 / 6
+    assert json.loads(json.dumps(found)) == found
+    again = evaluation.baselines(topics, resamples=200, progress=False)
+    assert list(again) == ["tfidf_svm"]
+    assert again["tfidf_svm"]["predictions"] == found["tfidf_svm"]["predictions"]
+    with pytest.raises(KitError, match="embed gave 1 rows"):
+        evaluation.baselines(topics, lambda texts: np.zeros((1, 2)), progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, topics, tmp_path_factory):
+    from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec, TrackingSpec, TrainingSpec
+
+    experiment = Experiment(
+        name="tiny_bert",
+        model=ModelSpec(str(tiny("bert"))),
+        lora=LoraSpec(r=4, alpha=8, dropout=0.0),
+        training=TrainingSpec(epochs=1, batch_size=32, learning_rate=5e-3, threads=1),
+        tracking=TrackingSpec(wandb="none"),
+    )
+    return qk.finetune(experiment, data=topics, out=tmp_path_factory.mktemp("runs"), progress=False)
+
+
+def test_a_report_comes_from_the_run_folder_alone(run, topics):
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    code = (
+        "import sys, qlora_kit\n"
+        "report = qlora_kit.evaluate(sys.argv[1], resamples=100, progress=False)\n"
+        "print(report['metrics']['test']['accuracy']['value'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, cwd="/", env={
+            **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((run.path / "evaluation.json").read_text(encoding="utf-8"))
+    assert float(done.stdout.strip().splitlines()[-1]) == report["metrics"]["test"]["accuracy"]["value"]
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert {path.name for path in set(after) - set(before)} == {"evaluation.json"}  # the only file it writes
+    assert all(after[path] == content for path, content in before.items())
+
+    assert report["schema"] == 1
+    assert set(report["metrics"]) == {"test", "validation", "test_without_leaked", "baselines"}
+    for split in ("test", "validation", "test_without_leaked"):
+        assert set(report["metrics"][split]) == set(evaluation.METRICS)
+    guess = np.array(report["predictions"]["test"])
+    assert report["metrics"]["test"]["accuracy"]["value"] == np.mean(guess == topics.test.labels)
+    assert np.trace(report["confusion_matrix"]) == np.sum(guess == topics.test.labels)
+    assert [row["label"] for row in report["per_label"]] == list(topics.label_names) == report["labels"]
+    for name in ("tfidf_svm", "embedding_svm"):
+        row = report["metrics"]["baselines"][name]
+        ahead = report["metrics"]["test"]["f1_macro"]["value"] - row["f1_macro"]["value"]
+        assert row["ahead"]["f1_macro"]["value"] == pytest.approx(ahead)
+        assert len(report["predictions"][name]) == len(topics.test)
+    assert report["environment"]["checksums"]["data"] == topics.checksum
+    assert report["timing"]["predict_seconds"] > 0
+
+
+def test_a_report_is_the_same_twice(run):
+    def timeless(tree):
+        if isinstance(tree, dict):
+            return {k: timeless(v) for k, v in tree.items() if k not in ("seconds", "timing")}
+        return tree
+
+    first = evaluation.evaluate(run, resamples=100, progress=False)
+    given = {
+        name: {**row, "predictions": first["predictions"][name]} for name, row in first["metrics"]["baselines"].items()
+    }
+    again = evaluation.evaluate(run, baselines=given, resamples=100, progress=False)
+    assert timeless(first) == timeless(again)
+    assert evaluation.evaluate(run, baselines=False, resamples=10, progress=False)["metrics"]["baselines"] == {}
+
+
+def test_other_rows_than_the_runs_are_refused(run):
+    with pytest.raises(KitError, match="trained on other rows"):
+        evaluation.evaluate(run, data=qk.banking77(limit=77))
+    with pytest.raises(KitError, match="no run folder"):
+        evaluation.evaluate(run.path.with_name("tiny_bret"))
+
+
+def test_leaked_test_rows_are_scored_apart(tiny, tmp_path):
+    import pandas
+
+    full = qk.banking77()
+    rows = [(t, full.label_names[c]) for t, c in zip(full.train.texts, full.train.labels, strict=True) if c in (0, 1)]
+    held, rows = rows[:20], rows[20:]
+    held = held + [(text.upper() + "  ", label) for text, label in rows[:5]]
+    frame, test = (pandas.DataFrame(part, columns=["text", "label"]) for part in (rows, held))
+    data = qk.text_classification(frame, test=test, validation=0.2)
+    experiment = qk.Experiment(name="leak", model=qk.ModelSpec(str(tiny("bert")))).override(
+        {"training.epochs": 1, "training.threads": 1, "training.max_steps": 2, "tracking.wandb": "none"}
+    )
+    run = qk.finetune(experiment, data=data, out=tmp_path, progress=False)
+    report = qk.evaluate(run, baselines=False, resamples=20, progress=False)
+    assert report["data"]["leaked_test_indices"] == [20, 21, 22, 23, 24]
+    guess = np.array(report["predictions"]["test"])[:20]
+    clean = report["metrics"]["test_without_leaked"]["accuracy"]["value"]
+    assert clean == np.mean(guess == np.array(data.test.labels)[:20])
