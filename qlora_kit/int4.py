@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
 
+# Before anything that imports bitsandbytes by itself.
+from . import _bnb  # noqa: F401  # isort: skip
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
