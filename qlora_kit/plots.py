@@ -199,7 +199,7 @@ def token_lengths(lengths: Sequence[int] | np.ndarray, max_length: int) -> KitFi
     step = max(1, int(np.ceil(longest / 60)))
     edges = np.arange(0.5, longest + step + 0.5, step)
     heights, *_ = axes.hist(values, bins=edges, color=BLUE)
-    _vertical(axes, p95, ORANGE, f"95% have {p95:.0f} or fewer", 0.95)
+    _vertical(axes, p95, ORANGE, f"95% have {p95:.0f} or fewer", 0.95, left=p95 > 0.6 * longest)
     over = int((values > max_length).sum())
     none = "" if over else f"\n(limit {max_length}: none cut)"
     _vertical(axes, longest, RED, f"longest: {longest}{none}", 0.8, left=True)
@@ -354,22 +354,23 @@ def _speed_panel(axes: Axes, speeds: Sequence[tuple[int, float]]) -> None:
 
 
 def smooth(values: Sequence[float] | np.ndarray, span: int | None = None) -> np.ndarray:
-    """Smooth a curve: an exponential moving average, corrected for its start (Adam's, arXiv 1412.6980, section 3).
+    """Smooth a curve by a centred moving average, which unlike an exponential one does not lag behind.
 
     Args:
         values: The curve.
-        span: About how many points are averaged; None takes a fifteenth of them.
+        span: How many points are averaged; None takes a twelfth of them. Near an end the window narrows, so
+            that it stays centred.
 
     Returns:
         As many values.
     """
     series = np.asarray(values, dtype=float)
-    span = span or max(1, len(series) // 15)
-    keep, mean, result = 1 - 1 / span, 0.0, np.empty_like(series)
-    for i, value in enumerate(series):
-        mean = keep * mean + (1 - keep) * value
-        result[i] = mean / (1 - keep ** (i + 1))
-    return result
+    half = (span or max(1, len(series) // 12)) // 2
+    total = np.concatenate([[0.0], np.cumsum(series)])
+    places = np.arange(len(series))
+    reach = np.minimum(half, np.minimum(places, len(series) - 1 - places))
+    means: np.ndarray = (total[places + reach + 1] - total[places - reach]) / (2 * reach + 1)
+    return means
 
 
 # ---- evaluation ----
@@ -414,7 +415,7 @@ def metric_intervals(
         axes.set_yticks(range(len(shown)), [_cut(name, 30) for name, _ in shown])
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title(f"{titles.get(metric, metric)} on the test rows, 95% interval")
+        axes.set_title(f"{titles.get(metric, metric)}, 95% interval")
     return figure
 
 
@@ -444,11 +445,21 @@ def f1_by_label(rows: Sequence[Mapping[str, Any]], worst: int = 20) -> KitFigure
     top.scatter(np.flatnonzero(~named), values[~named], color=BLUE, s=26)
     top.scatter(np.flatnonzero(named), values[named], color=RED, s=26, label=f"the {len(low)} worst, below")
     top.axhline(values.mean(), color=BLACK, linewidth=1.2, linestyle="--")
-    top.text(len(order) - 0.5, values.mean() - 0.01, f"mean {values.mean():.3f}", ha="right", va="top", fontsize=11)
+    top.annotate(
+        f"mean {values.mean():.3f}",
+        (0.99, values.mean()),
+        (0, -5),
+        xycoords=top.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=11,
+    )
     top.set_xticks([])
     top.set_xlabel(f"{len(order)} labels, worst first")
     top.set_ylabel("F1")
-    top.margins(y=0.12)
+    room = max(0.12 * (values.max() - values.min()), 0.01)
+    top.set_ylim(values.min() - room, min(values.max() + room, 1.015))
     top.set_title("F1 by label")
     if len(low) < len(order):
         top.legend(loc="lower right")
@@ -488,11 +499,12 @@ def confusion_matrix(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequen
     right = float(np.trace(counts) / max(counts.sum(), 1))
     errors = np.where(np.eye(size, dtype=bool), np.nan, shares)
     many = size > 30
+    # The aspect is left free, so that long labels are never cut off; the figure's size makes cells about square.
     side = 0.118 * size if many else 1.2 + 0.32 * size
-    figure, axes = new(width=max(WIDTH, side + 3.5), height=side + (1.9 if many else 3.6))
+    figure, axes = new(width=max(WIDTH, side + 2.9), height=side + (1.9 if many else 3.6))
     cmap = _HEAT.with_extremes(bad="#F3F3F3")
     top = max(float(np.nanmax(errors)) if size > 1 else 0.0, 0.05)
-    image = axes.imshow(errors, cmap=cmap, norm=PowerNorm(0.6, 0, top), interpolation="nearest")
+    image = axes.imshow(errors, cmap=cmap, norm=PowerNorm(0.6, 0, top), interpolation="nearest", aspect="auto")
     font = 7 if many else 10
     labels = [f"{_cut(name, 40)}  {i + 1}" if many else _cut(name, 28) for i, name in enumerate(names)]
     axes.set_yticks(range(size), labels, fontsize=font)
@@ -544,7 +556,7 @@ def most_confused(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequence[
     size = len(chosen)
     figure, axes = new(width=3.6 + 0.42 * size, height=3.3 + 0.42 * size)
     shown = np.where(np.eye(size, dtype=bool), np.nan, wrong.astype(float))
-    axes.imshow(shown, cmap=_HEAT.with_extremes(bad="#EEEEEE"), vmin=0, vmax=max(wrong.max(), 1))
+    axes.imshow(shown, cmap=_HEAT.with_extremes(bad="#EEEEEE"), vmin=0, vmax=max(wrong.max(), 1), aspect="auto")
     for row in range(size):
         for column in range(size):
             if part[row, column]:
@@ -567,7 +579,7 @@ def most_confused(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequence[
     axes.set_ylabel("true")
     inside, everything = int(wrong.sum()), int(errors.sum())
     figure.suptitle(
-        f"The most confused labels: {inside} of all {everything} errors",
+        f"The most confused labels: {inside} of all {everything} errors" if everything else "No errors",
         fontsize=13,
         fontweight="bold",
         ha="left",
@@ -976,6 +988,7 @@ def _vertical(axes: Axes, x: float, colour: str, text: str, height: float, left:
         ha="right" if left else "left",
         va="center",
         fontsize=11,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
     )
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -366,7 +364,7 @@ def test_mistyped_paths_never_reach_the_hub(tmp_path, monkeypatch):
     (tmp_path / "data" / "train.txt").write_text("x")
     with pytest.raises(KitError, match=r"'\.txt'"):
         qk.text_classification("data/train.txt", test=0.2)
-    with pytest.raises(KitError, match="no file 'data/tset.csv'.*train.csv"):
+    with pytest.raises(KitError, match=r"no file 'data/tset.csv'.*train.csv"):
         qk.text_classification("data/train.csv", test="data/tset.csv")
 
 
@@ -541,7 +539,7 @@ def test_collator_widths():
     assert width("longest", edges=kit.BUCKET_EDGES) == 12
     assert width("longest", 10, edges=kit.BUCKET_EDGES) == 10  # no wider than a text may be
     assert "labels" not in kit.collator(0)(both)
-    with pytest.raises(KitError, match="'longst'.*'longest'"):
+    with pytest.raises(KitError, match=r"'longst'.*'longest'"):
         kit.collator(0, "longst")
     with pytest.raises(KitError, match="side"):
         kit.collator(0, side="middle")
