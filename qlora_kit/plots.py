@@ -24,6 +24,8 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from . import records
+
 DPI = 150
 WIDTH = 6.5  # inches
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
@@ -100,13 +102,17 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
         The file.
     """
     path = Path(folder) / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    if isinstance(figure, KitFigure):
-        aside.write_bytes(figure.png())
-    else:
-        figure.savefig(aside, format="png", dpi=DPI, bbox_inches="tight")
-    os.replace(aside, path)
+    with records.saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if isinstance(figure, KitFigure):
+                aside.write_bytes(figure.png())
+            else:
+                figure.savefig(aside, format="png", dpi=DPI, bbox_inches="tight")
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
     return path
 
 
@@ -719,6 +725,30 @@ def codebooks(levels: Mapping[str, Sequence[float]], reach: float = 2.4) -> KitF
     bottom.set_yticks(range(len(levels)), list(levels))
     bottom.grid(axis="y", visible=False)
     bottom.set_xlabel("weight / largest weight of its block")
+    return figure
+
+
+@styled
+def weight_histogram(weights: Mapping[str, Sequence[float] | np.ndarray]) -> KitFigure:
+    """Draw how a layer's weights are spread, with the bell curve of the same width over it.
+
+    Args:
+        weights: A layer's weights, flat, by the layer's name; a panel each.
+
+    Returns:
+        Densities over the weight in standard deviations.
+    """
+    figure, grid = new(height=0.7 + 1.9 * len(weights), rows=len(weights), sharex=True, squeeze=False)
+    x = np.linspace(-4.5, 4.5, 300)
+    for axes, (name, values) in zip(grid[:, 0], weights.items(), strict=True):
+        flat = np.asarray(values, dtype=float).ravel()
+        scaled = (flat - flat.mean()) / flat.std()
+        axes.hist(scaled, bins=np.linspace(-4.5, 4.5, 121), density=True, color=SKY)
+        axes.plot(x, _density(x), color=BLACK, linewidth=1.6)
+        axes.set_title(f"{name}: {len(flat):,} weights, largest {np.abs(scaled).max():.1f}", fontsize=12)
+        axes.set_yticks([])
+        axes.grid(visible=False)
+    grid[-1, 0].set_xlabel("weight, in standard deviations; the line is the normal distribution")
     return figure
 
 
