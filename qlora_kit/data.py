@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from . import records
 from .errors import KitError, nearest, unknown
 from .experiment import DataSpec
 
@@ -178,19 +179,27 @@ class TextData:
             if load_saved(folder).checksum == self.checksum:
                 return folder  # a run that was cut off right after this begins again
             raise KitError(f"{folder} holds other data already: it is never written over")
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        about = {"spec": dataclasses.asdict(self.spec), "checksum": self.checksum}
-        _write(aside / "data.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-        _write(aside / "labels.json", json.dumps(self.label_names, indent=2, ensure_ascii=False) + "\n")
+        files = {
+            "data.json": json.dumps(
+                {"spec": dataclasses.asdict(self.spec), "checksum": self.checksum}, indent=2, ensure_ascii=False
+            ),
+            "labels.json": json.dumps(self.label_names, indent=2, ensure_ascii=False),
+        }
         for name, split in self.splits().items():
-            rows = (
+            files[f"{name}.jsonl"] = "\n".join(
                 json.dumps({"text": text, "label": self.label_names[label]}, ensure_ascii=False)
                 for text, label in zip(split.texts, split.labels, strict=True)
             )
-            _write(aside / f"{name}.jsonl", "".join(f"{row}\n" for row in rows))
-        os.rename(aside, folder)
+        aside = folder.with_name(f".{folder.name}.partial")
+        with records.saving(folder):
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                for name, content in files.items():
+                    (aside / name).write_text(content + "\n", encoding="utf-8", newline="")
+                records.move_into_place(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
         return folder
 
 
@@ -217,6 +226,8 @@ def load(spec: DataSpec) -> TextData:
     path = _existing_file(spec.name)
     if path is None:
         return _from_parts(spec, *_hub_tables(spec))
+    if spec.revision is not None:
+        raise KitError(f"data.revision is for data sets on the hub, and {spec.name} is a file: leave it out")
     return _from_parts(spec, _read_file(path, spec.text, spec.label), _test_table(spec))
 
 
@@ -309,8 +320,8 @@ def load_saved(folder: str | Path) -> TextData:
         KitError: A file is missing, damaged or changed.
     """
     folder = Path(folder)
-    about = _read_json(folder / "data.json")
-    names = _read_json(folder / "labels.json")
+    about = records.read_json(folder / "data.json")
+    names = records.read_json(folder / "labels.json")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise KitError(f"{folder / 'labels.json'} does not hold a list of labels")
     index = {name: i for i, name in enumerate(names)}
@@ -1095,13 +1106,6 @@ def _line_at(raw: bytes, position: int) -> int:
     return raw[:position].replace(b"\r\n", b"\n").replace(b"\r", b"\n").count(b"\n") + 1
 
 
-def _write(path: Path, content: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
@@ -1109,10 +1113,3 @@ def _read_text(path: Path) -> str:
         raise KitError(f"there is no {path}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise KitError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except ValueError as error:
-        raise error if isinstance(error, KitError) else KitError(f"{path} is damaged: {error}") from error

@@ -30,7 +30,7 @@ RESAMPLES = 2000
 # Tried for each baseline; the one with the best macro F1 on validation is taken.
 BASELINE_C = {"tfidf_svm": (0.1, 0.3, 1.0), "embedding_svm": (0.3, 1.0, 3.0)}
 
-_CHUNK = 200  # resamples drawn at a time, to bound memory
+_DRAWN = 1_000_000  # row numbers drawn at a time, to bound memory
 
 
 class KitMetrics(hf_evaluate.Metric):
@@ -535,8 +535,9 @@ def _device(run: Run) -> Any:
 def _draws(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield drawn row indices `[some, rows]`, `resamples` of them in all."""
     rng = np.random.default_rng(seed)
-    for start in range(0, resamples, _CHUNK):
-        yield rng.integers(0, rows, size=(min(_CHUNK, resamples - start), rows))
+    some = max(1, _DRAWN // rows)
+    for start in range(0, resamples, some):
+        yield rng.integers(0, rows, size=(min(some, resamples - start), rows))
 
 
 def _counts(cells: np.ndarray, n: int) -> np.ndarray:
