@@ -15,7 +15,8 @@ import peft
 import torch
 from torch import nn
 
-from .models import head_modules, is_head_parameter
+from .experiment import Experiment
+from .models import build, head_modules, is_head_parameter, load_tokenizer
 from .quantization import _stored_linear
 
 PARTS = (
@@ -96,6 +97,45 @@ def anatomy(model: nn.Module) -> list[Part]:
         if parameters
     ]
     return sorted(parts, key=lambda part: (PARTS.index(part.name), -part.bytes))
+
+
+def of_experiment(experiment: Experiment, label_names: Sequence[str]) -> list[Part]:
+    """Build an experiment's model, take it apart, and let it go again.
+
+    Args:
+        experiment: Which model, quantization and adapters.
+        label_names: Names of the classes.
+
+    Returns:
+        Its parts, see `anatomy`.
+    """
+    pad = load_tokenizer(experiment.model).pad_token_id
+    parts = anatomy(build(experiment, label_names, pad_token_id=pad))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return parts
+
+
+def table(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """Return parts as the rows of a table that people read, with their sum as the last row."""
+    whole = Part(
+        "all of it",
+        sum(part.parameters for part in parts),
+        sum(part.bytes for part in parts),
+        "",
+        False,
+    )
+    return [
+        {
+            "part": part.name,
+            "stored as": part.stored_as,
+            "numbers": f"{part.parameters:,}",
+            "bits a number": f"{part.bits_per_parameter:.2f}",
+            "MiB": f"{part.bytes / 2**20:.1f}",
+            "trained": "yes" if part.trained else "",
+        }
+        for part in (*parts, whole)
+    ]
 
 
 def _part(name: str, module: Any, heads: Sequence[str], leaf: str = "weight") -> str:

@@ -36,9 +36,9 @@ from typing import Any, TextIO
 import yaml
 
 from .errors import KitError, nearest, unknown
+from .experiment import Experiment, resolve_preset
 from .experiment import preset as load_preset
-from .experiment import resolve_preset
-from .records import SCHEMA, locked, move_aside, plain, read_json, write_json
+from .records import SCHEMA, Run, load_run, locked, move_aside, newest_run, plain, read_json, write_json
 
 PACKAGE = Path(__file__).resolve().parent
 STATE = "run.json"
@@ -295,6 +295,63 @@ def _difference(state: Mapping[str, Any], plan: _Plan) -> str | None:
     if all(done.get(name, {}).get("state") == "finished" for name in plan.paths):
         return "it was finished"
     return None
+
+
+# --- what notebooks begin with ----------------------------------------------------------------------------------
+
+
+def choose_experiment(
+    preset: str, *, seed: int = 0, epochs: float = 0, max_steps: int = 0, wandb: str = ""
+) -> tuple[Experiment, str]:
+    """Turn a notebook's parameters into an experiment.
+
+    Args:
+        preset: A preset, the path of an experiment's YAML file, or `auto`.
+        seed: Seed of the head, the adapters, the order of rows and dropout.
+        epochs: Passes over the training rows; 0 for the preset's own.
+        max_steps: Stop after so many steps; 0 for the preset's own.
+        wandb: Where it is logged, see `TrackingSpec`; empty for the preset's own.
+
+    Returns:
+        The experiment, and one sentence on why it is this one.
+    """
+    name, why = resolve_preset(preset)
+    changes = {"training.epochs": epochs, "training.max_steps": max_steps, "tracking.wandb": wandb}
+    return (
+        load_preset(name).override({"training.seed": seed, **{key: value for key, value in changes.items() if value}}),
+        why,
+    )
+
+
+def open_run(
+    preset: str,
+    *,
+    run: str | Path = "",
+    out: str | Path = "runs/latest",
+    **changes: Any,
+) -> tuple[Run, str]:
+    """Find the run that a notebook is about, and train it first where there is none.
+
+    Args:
+        preset: Whose run it is, where none is named.
+        run: A run folder, or empty for the newest finished one of the preset: below `OUT/runs`, else below `runs`.
+        out: The folder OUT; a run that has to be trained goes into `OUT/runs`.
+        **changes: As `choose_experiment` takes them, for a run that has to be trained.
+
+    Returns:
+        The run, and one sentence on where it comes from.
+    """
+    if run:
+        return load_run(run), f"{run}, as asked for"
+    experiment, why = choose_experiment(preset, **changes)
+    for root in (Path(out) / "runs", Path("runs")):
+        found = newest_run(experiment.name, root)
+        if found is not None:
+            return load_run(found), f"{found}, the newest finished run of {experiment.name} ({why})"
+    from .training import finetune
+
+    trained = finetune(experiment, out=Path(out) / "runs")
+    return trained, f"{trained.path}, trained just now: there was no run of {experiment.name} ({why})"
 
 
 # --- the screen -------------------------------------------------------------------------------------------------

@@ -31,6 +31,17 @@ _NAMES = {
     "tfidf_svm": "baseline: TF-IDF + linear SVM",
     "embedding_svm": "baseline: frozen embeddings + linear SVM",
 }
+# Facts whose names say too little once they stand beside others.
+_LONGER = {
+    "train_seconds": "training_seconds",
+    "total_seconds": "in_all_seconds",
+    "peak_bytes": "peak_memory_bytes",
+    "reserved_bytes": "reserved_memory_bytes",
+    "planned_bytes": "planned_memory_bytes",
+    "measure": "memory_measured",
+    "trainable": "trained_parameters",
+    "all": "all_parameters",
+}
 _COLUMNS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 # Sections of a record that have a place of their own on the page, or say what the notebook's heading says.
 _KNOWN = {"schema", "notebook", "preset", "experiment", "metrics", "memory", "timing", "parameters", "environment"}
@@ -58,10 +69,11 @@ th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var
 th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
 td .range { display: block; color: var(--soft); font-size: .82em; }
 tr.first td { font-weight: 600; } tr.first td .range { font-weight: 400; }
-.figures { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-figure { margin: 0; } figure img { width: 100%; height: auto; display: block; background: #fff; border-radius: 8px;
+.figures { columns: 420px 2; column-gap: 16px; margin-top: 16px; }
+figure { margin: 0 0 16px; break-inside: avoid; }
+figure img { width: 100%; height: auto; display: block; background: #fff; border-radius: 8px;
   border: 1px solid var(--rule); } figcaption { color: var(--soft); font-size: .85rem; padding-top: 4px; }
-.facts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 12px 0; }
+.facts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 14px 0; }
 .facts div { border-left: 3px solid var(--rule); padding-left: 10px; overflow-wrap: anywhere; }
 .facts dt { color: var(--soft); font-size: .82rem; } .facts dd { margin: 0; font-weight: 600; } dl { margin: 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
@@ -75,8 +87,8 @@ _NOTEBOOK_STYLE = """
 .cell { margin: 14px 0; min-width: 0; } .prompt { display: none; } .rendered_html table { width: auto; }
 .rendered_html h1 { font-size: 1.7rem; } .rendered_html h2 { font-size: 1.3rem; margin-top: 2rem; }
 .rendered_html h1, .rendered_html h2, .rendered_html h3 { line-height: 1.25; margin-bottom: .4rem; }
-.anchor-link { display: none; } .output_area { overflow-x: auto; } .output_area img { max-width: 100%; height: auto;
-  background: #fff; border-radius: 8px; } .output_text pre { background: none; padding: 0 0 0 12px;
+.anchor-link { display: none; } .output_area { overflow-x: auto; } .output_area img { height: auto;
+  max-width: min(100%, 720px); background: #fff; border-radius: 8px; } .output_text pre { background: none; padding: 0 0 0 12px;
   border-left: 3px solid var(--rule); border-radius: 0; } .output_error pre { border-left-color: var(--bad); }
 .output_stderr pre { color: var(--soft); } blockquote { margin: .6rem 0; padding-left: 14px;
   border-left: 3px solid var(--rule); color: var(--soft); } .rendered_html code { background: var(--code);
@@ -128,11 +140,40 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
     from nbconvert import HTMLExporter
 
     try:
-        body, _ = HTMLExporter(template_name="basic", sanitize_html=True).from_filename(str(notebook))
+        body = _clean(HTMLExporter(template_name="basic").from_filename(str(notebook))[0])
     except Exception as error:  # A notebook cut off while it was being written must not hide what came before.
         body = f"<p>{_text(notebook.name)} cannot be read: {_text(error)}</p>"
     back = '<p><a href="index.html">all notebooks</a></p>'
     write_text(page, _document(notebook.stem, back + body, _NOTEBOOK_STYLE))
+
+
+# What a notebook's markdown and tables need; anything else is left out of its page.
+_TAGS = set(
+    re.findall(
+        r"\w+",
+        """
+    a b blockquote br code dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre s
+    span strong sub summary sup table tbody td tfoot th thead tr ul
+""",
+    )
+)
+
+
+def _clean(body: str) -> str:
+    """Return a notebook's HTML with harmless tags alone: its outputs may hold anything."""
+    import bleach
+
+    # What stands within these is no text, and would be shown as such once the tags are gone.
+    body = re.sub(r"<(style|script)\b.*?</\1\s*>", "", body, flags=re.DOTALL | re.IGNORECASE)
+    return str(bleach.clean(body, tags=_TAGS, attributes=_harmless, protocols={"data", "http", "https"}, strip=True))
+
+
+def _harmless(tag: str, name: str, value: str) -> bool:
+    if tag == "img":
+        return name == "alt" or (name == "src" and value.startswith("data:image/png;base64,"))
+    if tag == "a" and name == "href":
+        return value.startswith(("#", "http://", "https://"))
+    return name in ("class", "id", "colspan", "rowspan")
 
 
 def _document(title: str, body: str, more_style: str = "") -> str:
@@ -155,10 +196,13 @@ def _head(state: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> str
         if isinstance(record.get("environment"), dict) and record["environment"]:
             environment = record["environment"]
     seconds = sum(_number(entry.get("seconds")) for entry in state["notebooks"].values())
-    facts: dict[str, Any] = {"started": state.get("started"), "total_seconds": seconds}
+    started = str(state.get("started")).replace("T", " ").replace("+00:00", " UTC")
+    facts: dict[str, Any] = {"started": started, "in_all_seconds": seconds}
     for key in ("device", "threads", "commit"):
         if environment.get(key) is not None:
             facts[key] = environment[key]
+    if isinstance(facts.get("commit"), str):
+        facts["commit"] = re.sub(r"^([0-9a-f]{12})[0-9a-f]*", r"\1", facts["commit"]).replace("+", ", with ")
     versions = environment.get("versions")
     if isinstance(versions, dict):
         shown = ("torch", "transformers", "peft", "bitsandbytes")
@@ -188,10 +232,15 @@ def _section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str
     if entry.get("error"):
         parts.append(f'<pre class="error">{_text(entry["error"])}</pre>')
     parts.append(_metrics(record.get("metrics")))
+    facts: dict[str, Any] = {}
     for key in ("timing", "memory", "parameters"):
-        parts.append(_value(key, record.get(key)))
-    for key, value in record.items():
-        if key not in _KNOWN:
+        if isinstance(record.get(key), dict):
+            facts.update({_LONGER.get(name, name): value for name, value in record[key].items()})
+    more = {key: value for key, value in record.items() if key not in _KNOWN}
+    facts.update({key: value for key, value in more.items() if not isinstance(value, (dict, list))})
+    parts.append(_facts({key: value for key, value in facts.items() if not isinstance(value, (dict, list))}))
+    for key, value in more.items():
+        if isinstance(value, (dict, list)):
             parts.append(_value(key, value))
     parts.append(_figures(out / name))
     for key, words in (("experiment", "The experiment"), ("environment", "Made with")):
@@ -279,7 +328,7 @@ def _scalar(key: str, value: Any) -> str:
         if key.endswith("seconds") and not key.startswith("step"):
             return spoken(value) if value >= 10 else f"{value:.3g} s"
         if isinstance(value, int):
-            return f"{value:,}"
+            return f"{value:,}" if abs(value) >= 10_000 else str(value)
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return _text(value)
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -25,6 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from . import records
+
+if TYPE_CHECKING:
+    from .anatomy import Part
 
 DPI = 150
 WIDTH = 6.5  # inches
@@ -1001,6 +1004,50 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     right.set_xlim(0, 2.4 * slowest)
     right.xaxis.set_major_locator(MaxNLocator(2))
     right.set_xlabel("training time, s")
+    return figure
+
+
+# ---- what a model is made of ----
+
+
+@styled
+def anatomy(parts: Sequence[Part]) -> KitFigure:
+    """Draw what each part of a model takes, beside what the same numbers would take in 32 bits.
+
+    Args:
+        parts: What `anatomy.anatomy` returned.
+
+    Returns:
+        A bar a part: quantized, frozen as it is, or trained.
+    """
+    shown = [part for part in parts if part.name != "base, buffers"]
+    figure, axes = new(height=1.5 + 0.55 * len(shown))
+    widest = max(max(part.bytes, 4 * part.parameters) for part in shown) / 2**20
+    labelled: set[str] = set()
+
+    def bar(place: int, width: float, kind: str, **look: Any) -> None:
+        axes.barh(place, width, height=0.62, label=None if kind in labelled else kind, **look)
+        labelled.add(kind)
+
+    for place, part in enumerate(shown):
+        full, size = 4 * part.parameters / 2**20, part.bytes / 2**20
+        if full > size:
+            bar(place, full, "the same in 32 bits", color="white", edgecolor=GREY, linestyle="--")
+        if part.trained:
+            bar(place, size, "trained", color=GREEN)
+        elif part.stored_as.endswith("bits"):
+            bar(place, size, "frozen, quantized", color=BLUE)
+        else:
+            bar(place, size, "frozen, as it was", color=GREY)
+        bits = f"{part.bits_per_parameter:.2f}".rstrip("0").rstrip(".")
+        axes.text(max(full, size) + widest * 0.015, place, f"{size:,.1f} MiB, {bits} bits", va="center", fontsize=11)
+    axes.set_yticks(range(len(shown)), [part.name for part in shown])
+    axes.invert_yaxis()
+    axes.set_xlim(0, widest * 1.42)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("MiB")
+    axes.set_title("What the model's weights take")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
