@@ -43,6 +43,8 @@ class ModelSpec:
         pooling: `mean` averages the token states under one linear head (sentence encoders);
             `sequence_classification` is transformers' own head (decoders: the last token's state);
             `auto` takes `mean` for encoders and `sequence_classification` for decoders.
+        head: `linear` is one linear layer; `cosine` compares directions alone: 16 times the cosine of the vector
+            and each class's weight (NormFace, arXiv 1704.06369, section 3.3).
         dropout: The base's own dropout probability while training; None keeps what its config says.
         random_weights: Build the base from its config with seeded random weights. It measures memory and
             speed; any accuracy it shows says nothing.
@@ -51,6 +53,7 @@ class ModelSpec:
     name: str
     revision: str | None = None
     pooling: Literal["auto", "mean", "sequence_classification"] = "auto"
+    head: Literal["linear", "cosine"] = "linear"
     dropout: float | None = None
     random_weights: bool = False
 
@@ -154,8 +157,6 @@ class TrainingSpec:
             same kind is taken, and said.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         label_smoothing: Share of the target spread over the other labels.
-        weight_average: Decay of an exponential moving average of the trainable weights, per step; the
-            average is what is evaluated and saved. 0 for none.
         precision: `auto` is bf16 on a GPU of compute capability 8.0 or more, fp16 on an older one (a T4),
             fp32 without a GPU.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
@@ -187,7 +188,6 @@ class TrainingSpec:
     optimizer: Optimizer = "adamw_torch"
     max_grad_norm: float = 1.0
     label_smoothing: float = 0.0
-    weight_average: float = 0.0
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     use_reentrant: bool = False
@@ -216,7 +216,6 @@ class TrainingSpec:
         if self.early_stopping is not None and not self.keep_best:
             raise KitError("training.early_stopping needs training.keep_best: true, to return to the best epoch")
         _between("training.label_smoothing", self.label_smoothing, 0.0, 0.95)
-        _between("training.weight_average", self.weight_average, 0.0, 0.99999)
         _between("training.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
 
 

@@ -40,6 +40,8 @@ from .quantization import Quantization, bitsandbytes_config
 
 logger = logging.getLogger(__name__)
 
+# Configurations of well-known models, without weights: for plans, and for measuring with random weights.
+SHAPES = Path(__file__).parent / "shapes"
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -120,6 +122,11 @@ def find_base(spec: ModelSpec) -> Base:
     """
     if spec.name.startswith("embedded:"):
         return _find_embedded(spec.name.removeprefix("embedded:"))
+    if spec.name.startswith("shape:"):
+        folder, names = SHAPES, sorted(item.name for item in SHAPES.iterdir())
+        if spec.name.removeprefix("shape:") not in names:
+            raise unknown("shape", spec.name, [f"shape:{name}" for name in names])
+        return Base(str(folder / spec.name.removeprefix("shape:")), None, None, None)
     folder = Path(spec.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -269,6 +276,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     Raises:
         KitError: bf16 on a GPU that has it by emulation alone.
     """
+    if device.type == "meta":
+        # A plan: whoever makes it has asked the device that it is for.
+        return "fp32" if precision == "auto" else precision
     if device.type != "cuda":
         if precision in ("fp16", "bf16"):
             logger.warning("%s needs a GPU; this run computes in fp32 on the CPU.", precision)
@@ -315,6 +325,29 @@ def quiet() -> Iterator[None]:
 # --- head -------------------------------------------------------------------------------------------------------
 
 
+class CosineHead(nn.Linear):
+    """A linear layer without bias on directions alone: `SCALE` times the cosine of input and weight.
+
+    A sentence encoder is trained to put meaning into the direction of a vector; its length carries noise that a
+    linear head has to learn away (NormFace, arXiv 1704.06369, section 3.3).
+
+    Args:
+        in_features: Size of the vectors.
+        out_features: Number of classes.
+    """
+
+    SCALE = 16.0
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return logits between -16 and 16, fp32 `[..., out_features]`, of vectors `[..., in_features]`."""
+        with torch.autocast(input.device.type, enabled=False):
+            directions = nn.functional.normalize(input.float(), dim=-1)
+            return self.SCALE * nn.functional.linear(directions, nn.functional.normalize(self.weight.float(), dim=-1))
+
+
 class PooledClassifier(nn.Module):
     """An encoder whose token states are averaged, under one linear head.
 
@@ -324,19 +357,17 @@ class PooledClassifier(nn.Module):
     Args:
         base: The encoder, `AutoModel`'s class, with `hidden_size` in its config.
         num_labels: Number of classes.
+        head: `linear` or `cosine`.
     """
 
     main_input_name = "input_ids"
     base_model_prefix = "base"
 
-    def __init__(self, base: transformers.PreTrainedModel, num_labels: int) -> None:
+    def __init__(self, base: transformers.PreTrainedModel, num_labels: int, head: str = "linear") -> None:
         super().__init__()
         self.base = base
         self.config = base.config
-        self.classifier = nn.Linear(base.config.hidden_size, num_labels)
-        # The head starts as transformers' own do.
-        nn.init.normal_(self.classifier.weight, std=getattr(base.config, "initializer_range", 0.02))
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = _head(head, base.config, num_labels)
 
     @property
     def base_model(self) -> transformers.PreTrainedModel:
@@ -371,6 +402,17 @@ class PooledClassifier(nn.Module):
         logits = self.classifier(mean_pool(states, attention_mask).to(self.classifier.weight.dtype))
         loss = nn.functional.cross_entropy(logits.float(), labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _head(kind: str, config: transformers.PretrainedConfig, num_labels: int) -> nn.Linear:
+    if kind == "cosine":
+        layer: nn.Linear = CosineHead(config.hidden_size, num_labels)
+    else:
+        layer = nn.Linear(config.hidden_size, num_labels)
+        nn.init.zeros_(layer.bias)
+    # It starts as transformers' own heads do.
+    nn.init.normal_(layer.weight, std=getattr(config, "initializer_range", 0.02))
+    return layer
 
 
 def mean_pool(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -551,6 +593,8 @@ def build_classifier(
             id2label=dict(enumerate(label_names)),
             label2id={name: index for index, name in enumerate(label_names)},
         )
+    if spec.name.startswith("shape:") and not spec.random_weights:
+        raise KitError(f"{spec.name} is a shape without weights: set model.random_weights: true, or name a model")
     pooling = resolve_pooling(spec, config)
     if pad_token_id is not None:
         config.pad_token_id = pad_token_id
@@ -573,7 +617,15 @@ def build_classifier(
         if getattr(encoder, "pooler", None) is not None:
             # BERT's pooler is not on the way to the mean: it would be stored for nothing.
             encoder.pooler = None
-        model = PooledClassifier(encoder, len(label_names)).to(device)
+        model = PooledClassifier(encoder, len(label_names), spec.head).to(device)
+    elif spec.head == "cosine":
+        if len(heads) != 1 or not isinstance(getattr(model, heads[0]), nn.Linear):
+            raise KitError(
+                f"{type(model).__name__} has a head of several layers; a cosine head goes with model.pooling: mean, or "
+                "with models whose head is one linear layer"
+            )
+        setattr(model, heads[0], _head("cosine", config, len(label_names)).to(device))
+    quantize_embeddings_(model, experiment.quantization.embeddings)
     for name in head_modules(model):
         getattr(model, name).float()
     return keep_weights_as_stored_(model).eval()
@@ -684,9 +736,17 @@ def quantize_with_bitsandbytes_(
         new: nn.Module
         if quantization.scheme == "int8":
             new = bnb.nn.Linear8bitLt(
-                in_features, out_features, module.bias is not None, has_fp16_weights=False, device="meta"
+                in_features,
+                out_features,
+                module.bias is not None,
+                has_fp16_weights=False,
+                threshold=6.0,  # as transformers makes them
+                device="meta",
             )
-            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            if weight.is_meta:
+                new.weight = _int8_shape(weight)
+            else:
+                new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         else:
             new = bnb.nn.Linear4bit(
                 in_features,
@@ -697,18 +757,99 @@ def quantize_with_bitsandbytes_(
                 quant_type=quantization.scheme,
                 device="meta",
             )
-            new.weight = bnb.nn.Params4bit(
-                weight,
-                requires_grad=False,
-                quant_type=quantization.scheme,
-                compress_statistics=quantization.double_quantization,
-                module=new,
-            )
+            new.weight = _four_bit(weight, quantization.scheme, quantization.double_quantization, new)
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.data, requires_grad=False)
         parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], new.to(weight.device))
+        setattr(parent, name.rpartition(".")[2], new if weight.is_meta else new.to(weight.device))
     return keep_weights_as_stored_(model)
+
+
+class Embedding4bit(bnb.nn.Embedding4bit):
+    """bitsandbytes' 4-bit embedding, which can also be saved.
+
+    Its own refuses to be part of a state dict, so that PEFT cannot save an adapter beside it. Frozen, it belongs to
+    the base and is made again from the base's weights; here it yields what `Linear4bit` yields.
+    """
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Embedding._save_to_state_dict(self, destination, prefix, keep_vars)
+        for key, value in self.weight.quant_state.as_dict(packed=True).items():
+            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+
+def quantize_embeddings_(model: nn.Module, scheme: str) -> nn.Module:
+    """Store a model's embeddings in 4 bits, in place; a look-up dequantizes the rows that it takes.
+
+    Args:
+        model: Holds `nn.Embedding` layers on the device where they stay. Those whose rows are no multiple of 64
+            long stay as they are: bitsandbytes would dequantize the whole table at each look-up.
+        scheme: `nf4`, `fp4`, or `none` (nothing is done).
+
+    Returns:
+        The model.
+    """
+    if scheme == "none":
+        return model
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Embedding or module.embedding_dim % 64:
+            continue
+        weight = module.weight.data
+        new = Embedding4bit(module.num_embeddings, module.embedding_dim, quant_type=scheme, device="meta")
+        new.dtype = weight.dtype
+        new.weight = _four_bit(weight, scheme, False, new)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], new if weight.is_meta else new.to(weight.device))
+    return model
+
+
+def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: nn.Module) -> nn.Parameter:
+    """Return a weight that is quantized once its module is moved; of a weight on the meta device, the shapes."""
+    if not weight.is_meta:
+        return bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type=scheme, compress_statistics=nested, module=module
+        )
+
+    def empty(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    blocks = -(-weight.numel() // 64)
+    state = bnb.functional.QuantState(
+        absmax=empty(blocks, torch.uint8 if nested else torch.float32),
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=64,
+        code=empty(16, torch.float32),
+        quant_type=scheme,
+        offset=torch.empty((), dtype=torch.float32, device="meta") if nested else None,
+        state2=bnb.functional.QuantState(
+            absmax=empty(-(-blocks // 256), torch.float32),
+            blocksize=256,
+            code=empty(256, torch.float32),
+            dtype=torch.float32,
+        )
+        if nested
+        else None,
+    )
+    packed = nn.Parameter(empty((weight.numel() + 1) // 2, torch.uint8)[:, None], requires_grad=False)
+    for name, value in (
+        ("quant_state", state),
+        ("bnb_quantized", True),
+        ("blocksize", 64),
+        ("compress_statistics", nested),
+        ("quant_type", scheme),
+    ):
+        setattr(packed, name, value)
+    module.quant_state = state  # type: ignore[assignment]
+    return packed
+
+
+def _int8_shape(weight: torch.Tensor) -> nn.Parameter:
+    """Return the shapes that `Linear8bitLt` stores for a weight on the meta device."""
+    shape = bnb.nn.Int8Params(torch.empty(weight.shape, dtype=torch.int8, device="meta"), requires_grad=False)
+    shape.CB = shape.data
+    shape.SCB = torch.empty(weight.shape[0], dtype=torch.float32, device="meta")
+    return shape
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -113,6 +113,31 @@ def test_a_text_has_the_same_logits_alone_in_a_batch_and_padded_either_side(tiny
         assert torch.allclose(together, logits_of(model, batch_of(tokenizer, TEXTS, side="left")), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_cosine_head_looks_at_directions_alone(tiny_experiment, name, tmp_path):
+    experiment = tiny_experiment(name, model__head="cosine")
+    tokenizer = models.load_tokenizer(experiment.model)
+    model = models.build(experiment, LABELS, device=CPU, pad_token_id=tokenizer.pad_token_id).eval()
+    batch = batch_of(tokenizer, TEXTS)
+    logits = logits_of(model, batch)
+    assert logits.abs().max() <= models.CosineHead.SCALE
+    (head,) = (m for n, m in model.named_modules() if isinstance(m, models.CosineHead) and "modules_to_save" in n)
+    with torch.no_grad():
+        head.weight.mul_(3)
+    assert torch.allclose(logits_of(model, batch), logits, atol=1e-5)
+    models.save_adapter(model, tmp_path / "adapter")
+    again = models.load_trained(
+        experiment, LABELS, tmp_path / "adapter", device=CPU, pad_token_id=tokenizer.pad_token_id
+    )
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+
+
+def test_a_cosine_head_is_refused_where_the_head_has_several_layers(tiny_experiment):
+    experiment = tiny_experiment("roberta", model__head="cosine", model__pooling="sequence_classification")
+    with pytest.raises(ValueError, match="head of several layers"):
+        models.build(experiment, LABELS, device=CPU, pad_token_id=0)
+
+
 def test_gpt2s_tokenizer_gets_a_pad_token_and_the_model_knows_it():
     tokenizer = models.load_tokenizer(ModelSpec(str(DIALOGPT)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 50256
