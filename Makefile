@@ -73,8 +73,9 @@ format: $(INSTALLED)  ## the code as ruff formats it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-audit: $(INSTALLED)  ## the installed versions against the advisory databases (needs the network)
-	$(PY) -m pip_audit --strict --skip-editable
+audit: $(INSTALLED)  ## the pinned versions against the advisory databases (needs the network)
+	$(PY) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
+	$(PY) -m pip_audit --strict --no-deps --disable-pip -r requirements-embedded.txt
 
 wheel: $(INSTALLED)  ## dist/*.whl
 	$(PY) -m build --wheel --outdir dist

@@ -283,8 +283,10 @@ class _Plan:
 
 def _difference(state: Mapping[str, Any], plan: _Plan) -> str | None:
     """Say why OUT cannot be gone on with, or return None where it can."""
-    if state.get("preset") != plan.preset or state.get("experiment") != plan.experiment:
+    if state.get("preset") != plan.preset:
         return f"it ran the preset {state.get('preset')}"
+    if state.get("experiment") != plan.experiment:
+        return f"the preset {plan.preset} was another then"
     done: Mapping[str, Any] = state.get("notebooks", {})
     for name, entry in done.items():
         if name in plan.paths:
@@ -348,9 +350,9 @@ def open_run(
         found = newest_run(experiment.name, root)
         if found is not None:
             return load_run(found), f"{found}, the newest finished run of {experiment.name} ({why})"
-    from .training import finetune
+    from .training import EpochLines, finetune
 
-    trained = finetune(experiment, out=Path(out) / "runs")
+    trained = finetune(experiment, out=Path(out) / "runs", callbacks=[EpochLines()])
     return trained, f"{trained.path}, trained just now: there was no run of {experiment.name} ({why})"
 
 
@@ -646,6 +648,8 @@ def _execute(source: Path, target: Path, parameters: Mapping[str, Any], screen: 
                 start_timeout=300,
                 kernel_manager_class=_own_python(scratch),
                 on_cell_execute=cell_started,
+                # Of a progress bar, its last state.
+                coalesce_streams=True,
             )
         except PapermillExecutionError as error:
             raise NotebookFailed(_failure(error, begun.title)) from error

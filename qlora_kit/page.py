@@ -88,7 +88,8 @@ _NOTEBOOK_STYLE = """
 .rendered_html h1 { font-size: 1.7rem; } .rendered_html h2 { font-size: 1.3rem; margin-top: 2rem; }
 .rendered_html h1, .rendered_html h2, .rendered_html h3 { line-height: 1.25; margin-bottom: .4rem; }
 .anchor-link { display: none; } .output_area { overflow-x: auto; } .output_area img { height: auto;
-  max-width: min(100%, 720px); background: #fff; border-radius: 8px; } .output_text pre { background: none; padding: 0 0 0 12px;
+  max-width: min(100%, 720px); background: #fff; border-radius: 8px; }
+.output_text pre { background: none; padding: 0 0 0 12px;
   border-left: 3px solid var(--rule); border-radius: 0; } .output_error pre { border-left-color: var(--bad); }
 .output_stderr pre { color: var(--soft); } blockquote { margin: .6rem 0; padding-left: 14px;
   border-left: 3px solid var(--rule); color: var(--soft); } .rendered_html code { background: var(--code);

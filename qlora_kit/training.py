@@ -199,6 +199,27 @@ class _Meter(TrainerCallback):
             )
 
 
+class EpochLines(TrainerCallback):
+    """Prints one line an epoch, for logs and terminals that show no progress bar."""
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        """Print the epoch's validation scores, speed and memory."""
+        scores = metrics or {}
+        words = [f"epoch {state.epoch:g} of {args.num_train_epochs:g}, step {state.global_step} of {state.max_steps}"]
+        words += [
+            f"{label} {scores[key]:.4f}"
+            for key, label in (("eval_loss", "validation loss"), ("eval_f1_macro", "macro F1"))
+            if key in scores
+        ]
+        speed = next((entry for entry in reversed(state.log_history) if "epoch_seconds" in entry), None)
+        if speed is not None and speed["step"] == state.global_step:
+            words.append(f"{speed['samples_per_second']:.1f} samples/s, {speed['tokens_per_second']:.0f} tokens/s")
+            words.append(f"peak {speed['peak_bytes'] / 2**20:,.0f} MiB")
+        print("; ".join(words), flush=True)
+
+
 def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:
     return [EarlyStoppingCallback(spec.early_stopping)] if spec.early_stopping else []
 
