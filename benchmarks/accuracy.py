@@ -2,7 +2,7 @@ r"""Fine-tune presets with several seeds and compare their scores: results/accur
 
     python benchmarks/accuracy.py                                   # MiniLM: qlora, lora, full; seeds 0 1 2
     python benchmarks/accuracy.py --presets smollm2-135m_banking77_qlora --jobs 3
-    python benchmarks/accuracy.py --presets minilm_banking77_qlora --grid model.head=linear,cosine \\
+    python benchmarks/accuracy.py --presets minilm_banking77_qlora --grid model.head=linear,cosine \
         training.learning_rate=5e-4,1e-3,2e-3 --out results/tuning.json
 
 With `--grid` every combination is tried and only validation scores are read: that is how presets are tuned. Without
