@@ -696,6 +696,21 @@ SCHEME_COLOURS = {
 }
 
 
+def _spread(values: Sequence[float], gap: float) -> list[float]:
+    """Move values apart until neighbours are `gap` apart, as little as possible."""
+    order = np.argsort(values)
+    places = np.asarray(values, dtype=float)[order]
+    for _ in range(200):
+        for low in range(len(places) - 1):
+            short = gap - (places[low + 1] - places[low])
+            if short > 0:
+                places[low] -= short / 2
+                places[low + 1] += short / 2
+    result = np.empty_like(places)
+    result[order] = places
+    return [float(place) for place in result]
+
+
 def _density(x: np.ndarray) -> np.ndarray:
     return np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
 
@@ -748,7 +763,12 @@ def weight_histogram(weights: Mapping[str, Sequence[float] | np.ndarray]) -> Kit
         scaled = (flat - flat.mean()) / flat.std()
         axes.hist(scaled, bins=np.linspace(-4.5, 4.5, 121), density=True, color=SKY)
         axes.plot(x, _density(x), color=BLACK, linewidth=1.6)
-        axes.set_title(f"{name}: {len(flat):,} weights, largest {np.abs(scaled).max():.1f}", fontsize=12)
+        axes.set_title(_cut(name, 56), fontsize=12)
+        reach = np.abs(scaled).max()
+        axes.annotate(
+            f"{len(flat):,} weights,\nthe largest {reach:.0f} away", (1, 0.95), xycoords="axes fraction",
+            ha="right", va="top", fontsize=11,
+        )  # fmt: skip
         axes.set_yticks([])
         axes.grid(visible=False)
     grid[-1, 0].set_xlabel("weight, in standard deviations; the line is the normal distribution")
@@ -776,15 +796,15 @@ def block_before_after(
         values = np.asarray(after, dtype=float)[order]
         colour = SCHEME_COLOURS.get(name, BLUE)
         axes.hlines(np.unique(values), -1, len(before), color=PALE, linewidth=1.2, zorder=0)
-        axes.vlines(place, before[order], values, color=RED, linewidth=1.6)
-        axes.plot(place, before[order], "-", color=GREY, linewidth=1.4)
-        axes.plot(place, values, "o", color=colour, markersize=4)
+        axes.plot(place, before[order], "-", color=GREY, linewidth=1.2)
+        axes.vlines(place, before[order], values, color=RED, linewidth=2.2)
+        axes.plot(place, values, "o", color=colour, markersize=3.5)
         error = np.sqrt(np.mean((before[order] - values) ** 2))
         axes.set_title(f"{name}: {len(np.unique(values))} levels in use, typical error {error:.3g}", fontsize=12)
         axes.grid(visible=False)
         axes.set_ylabel("weight")
     grid[-1, 0].set_xlim(-1, len(before))
-    grid[-1, 0].set_xlabel("the block's weights, smallest to largest (grey); stored (dots); error (red)")
+    grid[-1, 0].set_xlabel("weights, smallest to largest")
     return figure
 
 
@@ -799,26 +819,21 @@ def error_by_layer(rows: Sequence[Mapping[str, Any]], title: str = "") -> KitFig
     Returns:
         A line of dots for each scheme, with its median named at the right.
     """
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    by_scheme = {
+        scheme: [row["snr_db"] for row in rows if row["scheme"] == scheme]
+        for scheme in dict.fromkeys(row["scheme"] for row in rows)
+    }
     figure, axes = new(height=3.6)
-    last = 0
-    for scheme in schemes:
-        values = [row["snr_db"] for row in rows if row["scheme"] == scheme]
-        last = max(last, len(values))
+    last = max(len(values) for values in by_scheme.values())
+    every = [value for values in by_scheme.values() for value in values]
+    middles = [float(np.median(values)) for values in by_scheme.values()]
+    heights = _spread(middles, (max(every) - min(every)) / 13)
+    for (scheme, values), middle, height in zip(by_scheme.items(), middles, heights, strict=True):
         colour = SCHEME_COLOURS.get(scheme, BLUE)
         axes.plot(range(1, len(values) + 1), values, ".", color=colour, markersize=6)
-        axes.annotate(
-            f"{scheme} {np.median(values):.1f}",
-            (len(values), float(np.median(values))),
-            (10, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontweight="bold",
-            annotation_clip=False,
-        )
-    axes.set_xlim(0, last * 1.2)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.text(1.03 * last, height, f"{scheme} {middle:.1f}", va="center", color=colour, fontweight="bold")
+    axes.set_xlim(0, last * 1.3)
+    axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 < tick <= last])
     axes.set_xlabel("linear layer, first to last")
     axes.set_ylabel("signal to noise, dB")
     axes.set_title(title)
@@ -837,9 +852,16 @@ def error_by_block_size(rows: Sequence[Mapping[str, Any]], limit_db: float | Non
         A line for each scheme.
     """
     figure, axes = new(height=3.8)
-    for scheme in dict.fromkeys(row["scheme"] for row in rows):
-        points = sorted((row["block_size"], row["snr_db"]) for row in rows if row["scheme"] == scheme)
-        axes.plot(*zip(*points, strict=True), "o-", color=SCHEME_COLOURS.get(scheme, BLUE), label=scheme, markersize=5)
+    lines = {
+        scheme: sorted((row["block_size"], row["snr_db"]) for row in rows if row["scheme"] == scheme)
+        for scheme in dict.fromkeys(row["scheme"] for row in rows)
+    }
+    every = [row["snr_db"] for row in rows]
+    heights = _spread([points[0][1] for points in lines.values()], (max(every) - min(every)) / 13)
+    for (scheme, points), height in zip(lines.items(), heights, strict=True):
+        colour = SCHEME_COLOURS.get(scheme, BLUE)
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5)
+        axes.text(0.88 * points[0][0], height, scheme, ha="right", va="center", color=colour, fontweight="bold")
     if limit_db is not None:
         axes.axhline(limit_db, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -850,9 +872,9 @@ def error_by_block_size(rows: Sequence[Mapping[str, Any]], limit_db: float | Non
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
+    axes.set_xlim(0.5 * sizes[0], 1.2 * sizes[-1])
     axes.set_xlabel("weights that share a scale")
     axes.set_ylabel("signal to noise, dB")
-    axes.legend(ncols=2)
     return figure
 
 
@@ -863,41 +885,50 @@ def bits_against_error(
     """Draw what each scheme pays in bits and gets in signal to noise, with the limits of both.
 
     Args:
-        points: Each with `label`, `scheme`, `bits`, `snr_db`.
+        points: Each with `label`, `scheme`, `bits`, `snr_db`; `hollow` for scales in fp32.
         lloyd_max: Signal to noise of the best fixed levels by bits a weight.
 
     Returns:
-        A point for each scheme; Shannon's limit for normal values, 6.02 dB a bit, as a line, and the best fixed
-        levels as another.
+        A point for each scheme, all of them above and those of about four bits below; Shannon's limit for
+        normal values, 6.02 dB a bit, as a line, and the best fixed levels as another.
     """
-    figure, axes = new(height=4.4)
-    bits = np.array([2.7, 8.6])
-    axes.plot(bits, 20 * np.log10(2) * bits, color=GREY, linewidth=1.6)
-    axes.annotate(
-        "Shannon's limit", (6.1, 20 * np.log10(2) * 6.1), (-6, 6), textcoords="offset points", ha="right", color=GREY
+    figure, panels = new(height=7.4, rows=2, height_ratios=[1, 1.25])
+    near = [point for point in points if point["bits"] < 5.2]
+    ranges = (
+        ((2.8, 8.6), (12, 1.08 * max(point["snr_db"] for point in points))),
+        ((3.9, 5.1), (min(point["snr_db"] for point in near) - 1, 29)),
     )
-    if lloyd_max:
-        axes.plot(*zip(*sorted(lloyd_max.items()), strict=True), "--", color=BLACK, linewidth=1.4)
-        most = max(lloyd_max)
-        axes.annotate(
-            "best fixed levels", (most, lloyd_max[most]), (4, -4), textcoords="offset points", va="top", fontsize=11
-        )
-    for point in points:
-        colour = SCHEME_COLOURS.get(point["scheme"], BLUE)
-        hollow = point.get("hollow", False)
-        axes.plot(
-            point["bits"], point["snr_db"], "o", color=colour, markersize=9,
-            markerfacecolor="white" if hollow else colour, markeredgewidth=2,
-        )  # fmt: skip
-        if point["label"]:
-            axes.annotate(
-                point["label"], (point["bits"], point["snr_db"]), point.get("offset", (9, -4)),
-                textcoords="offset points", color=colour, fontweight="bold", fontsize=11,
+    for axes, (across, up), shown in zip(panels, ranges, (points, near), strict=True):
+        bits = np.array(across)
+        axes.plot(bits, 20 * np.log10(2) * bits, color=GREY, linewidth=1.6, label="Shannon's limit")
+        if lloyd_max:
+            line = sorted(lloyd_max.items())
+            axes.plot(*zip(*line, strict=True), "--", color=BLACK, linewidth=1.4, label="best fixed levels")
+        for point in shown:
+            colour = SCHEME_COLOURS.get(point["scheme"], BLUE)
+            axes.plot(
+                point["bits"], point["snr_db"], "o", color=colour, markersize=8,
+                markerfacecolor="white" if point.get("hollow") else colour, markeredgewidth=2,
             )  # fmt: skip
-    axes.set_xlim(2.8, 8.7)
-    axes.set_ylim(min(point["snr_db"] for point in points) - 3, max(point["snr_db"] for point in points) + 4)
-    axes.set_xlabel("bits stored for each weight")
-    axes.set_ylabel("signal to noise, dB")
+        axes.set_xlim(*across)
+        axes.set_ylim(*up)
+        axes.set_ylabel("signal to noise, dB")
+    panels[0].legend(loc="upper left")
+    outermost = {point["scheme"]: point for point in sorted(points, key=lambda point: point["bits"])}
+    named = [point for point in outermost.values() if point["bits"] < 5.2]
+    heights = _spread([point["snr_db"] for point in named], 0.85)
+    for point, height in zip(named, heights, strict=True):
+        panels[1].annotate(
+            f"{point['label']}  {point['snr_db']:.1f}", (point["bits"], height), (12, 0), textcoords="offset points",
+            va="center", color=SCHEME_COLOURS.get(point["scheme"], BLUE), fontweight="bold",
+        )  # fmt: skip
+    for point in (point for point in outermost.values() if point["bits"] >= 5.2):
+        panels[0].annotate(
+            f"{point['label']}  {point['snr_db']:.1f}", (point["bits"], point["snr_db"]), (0, -14),
+            textcoords="offset points", ha="center", va="center",
+            color=SCHEME_COLOURS.get(point["scheme"], BLUE), fontweight="bold",
+        )  # fmt: skip
+    panels[1].set_xlabel("bits stored for each weight")
     return figure
 
 
@@ -1001,7 +1032,7 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     left.xaxis.set_major_locator(MaxNLocator(4))
     left.set_xlabel("test macro F1, a dot a seed")
     right.grid(visible=False)
-    right.set_xlim(0, 2.4 * slowest)
+    right.set_xlim(0, 2.6 * slowest)
     right.xaxis.set_major_locator(MaxNLocator(2))
     right.set_xlabel("training time, s")
     return figure
