@@ -49,6 +49,8 @@ class Quantization:
             4-bit schemes only and is ignored by the others, so that one override can change the scheme.
         block_size: Weights that share one scale; one of `BLOCK_SIZES`. Every 4-bit scheme can be measured at
             any of them; for training, nf4 and fp4 have 64 (transformers passes no other to bitsandbytes).
+        embeddings: How the frozen embeddings are stored: `none` leaves them in the precision that is computed in
+            (16 bits on a GPU); `nf4` and `fp4` take 4.5 bits a number, and a look-up dequantizes its rows.
 
     Raises:
         KitError: An unknown scheme or an impossible block size.
@@ -57,10 +59,13 @@ class Quantization:
     scheme: str = "nf4"
     double_quantization: bool = True
     block_size: int = 64
+    embeddings: str = "none"
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise unknown("quantization scheme", self.scheme, SCHEMES)
+        if self.embeddings not in ("none", "nf4", "fp4"):
+            raise unknown("quantization of embeddings", self.embeddings, ("none", "nf4", "fp4"))
         if not isinstance(self.double_quantization, bool):
             raise KitError(f"double_quantization is true or false, not {self.double_quantization!r}")
         if isinstance(self.block_size, bool) or self.block_size not in BLOCK_SIZES:
@@ -85,10 +90,11 @@ class Quantization:
     @property
     def label(self) -> str:
         """A short name for tables and figures, e.g. `nf4` or `nf4, scales in fp32`."""
+        rest = "" if self.embeddings == "none" else f", embeddings in {self.embeddings}"
         if not self.is_4bit:
-            return self.scheme
+            return self.scheme + rest
         block = "" if self.block_size == 64 else f", blocks of {self.block_size}"
-        return self.scheme + ("" if self.double_quantization else ", scales in fp32") + block
+        return self.scheme + ("" if self.double_quantization else ", scales in fp32") + block + rest
 
 
 def bitsandbytes_config(
@@ -329,7 +335,7 @@ class Quantized:
         Args:
             dtype: Of the result; the original's by default. The product is taken in float32 and rounded once.
         """
-        values = self.levels[self.codes.long()]
+        values = self.levels.index_select(0, self.codes.int())
         return _times_blocks(values, self.scales, self.spec.block_size).reshape(self.shape).to(dtype or self.dtype)
 
     @property
@@ -385,7 +391,7 @@ def quantize(tensor: torch.Tensor, spec: Quantization, *, levels: str | None = N
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
 
     midpoints, code_of = (part.to(flat.device) for part in _decision(name))
-    codes = code_of[torch.bucketize(scaled, midpoints, out_int32=True)]
+    codes = code_of.index_select(0, torch.bucketize(scaled, midpoints, out_int32=True))
     packed = (codes[::2] << 4) | codes[1::2]
     nested_absmax = offset = None
     if spec.nested:
@@ -679,13 +685,14 @@ def lloyd_max(levels: int = 16) -> tuple[tuple[float, ...], float]:
     if levels < 2 or levels % 2:
         raise KitError(f"lloyd_max takes an even number of levels, not {levels}")
     normal = NormalDist()
-    half = [normal.inv_cdf(0.5 + (2 * k + 1) / (2 * levels)) for k in range(levels // 2)]
+    # many levels are best spread like a normal of three times the variance (Panter and Dite 1951): start there
+    half = [math.sqrt(3) * normal.inv_cdf(0.5 + (2 * k + 1) / (2 * levels)) for k in range(levels // 2)]
     for _ in range(100_000):
         borders = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(half)), math.inf]
         masses = [normal.cdf(b) - normal.cdf(a) for a, b in itertools.pairwise(borders)]
         densities = [0.0 if math.isinf(b) else normal.pdf(b) for b in borders]
         better = [(densities[k] - densities[k + 1]) / masses[k] for k in range(len(half))]
-        if max(abs(a - b) for a, b in zip(half, better, strict=True)) < 1e-12:
+        if max(abs(a - b) for a, b in zip(half, better, strict=True)) < 1e-7:
             break
         half = better
     # with each level the mean of its cell, the error is the variance less the levels' own mean square
