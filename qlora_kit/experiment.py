@@ -46,6 +46,8 @@ class ModelSpec:
         head: `linear` is one linear layer; `cosine` compares directions alone: 16 times the cosine of the vector
             and each class's weight (NormFace, arXiv 1704.06369, section 3.3).
         dropout: The base's own dropout probability while training; None keeps what its config says.
+        lean: Let norms hand on the precision that they are given and GPT-2's GELU keep nothing but its input: the
+            same mathematics with half of the activations, or less.
         random_weights: Build the base from its config with seeded random weights. It measures memory and
             speed; any accuracy it shows says nothing.
     """
@@ -55,6 +57,7 @@ class ModelSpec:
     pooling: Literal["auto", "mean", "sequence_classification"] = "auto"
     head: Literal["linear", "cosine"] = "linear"
     dropout: float | None = None
+    lean: bool = False
     random_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
+from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
@@ -626,6 +627,12 @@ def build_classifier(
             )
         setattr(model, heads[0], _head("cosine", config, len(label_names)).to(device))
     quantize_embeddings_(model, experiment.quantization.embeddings)
+    if spec.lean:
+        make_lean_(model)
+    # PEFT asks for these, and takes another, hungrier layer where they are missing; from_pretrained sets them on the
+    # model that it makes, not on what is built around it.
+    model.is_loaded_in_8bit = experiment.quantization.scheme == "int8"
+    model.is_loaded_in_4bit = experiment.quantization.scheme in ("nf4", "fp4")
     for name in head_modules(model):
         getattr(model, name).float()
     return keep_weights_as_stored_(model).eval()
@@ -800,6 +807,32 @@ def quantize_embeddings_(model: nn.Module, scheme: str) -> nn.Module:
         new.weight = _four_bit(weight, scheme, False, new)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], new if weight.is_meta else new.to(weight.device))
+    return model
+
+
+def make_lean_(model: nn.Module) -> nn.Module:
+    """Keep activations no larger than needed, in place; the mathematics stays the same.
+
+    Autocast computes norms in fp32 and hands on fp32, which every layer below then keeps, and its residual sum with
+    it; here a norm hands on the precision that it was given. GPT-2's GELU, written as seven operations whose power
+    autocast takes in fp32, keeps 7 to 10 times its input for the backward pass; torch's own `gelu` of the same formula
+    keeps its input.
+
+    Args:
+        model: A classifier without adapters.
+
+    Returns:
+        The model.
+    """
+
+    def as_given(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.to(arguments[0].dtype)
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, NewGELUActivation):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.GELU("tanh"))
+        elif isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(as_given)
     return model
 
 
