@@ -1,0 +1,472 @@
+"""What a training step allocates, tensor by tensor: on real tensors, or on shapes alone.
+
+A `Tape` sees every operation that torch dispatches (those of the backward pass and of recomputation too), notes
+which storages it makes, and when they are let go. On the meta device nothing is computed and no weight is needed,
+but modules, autograd and PEFT are the real ones: what they keep is not modelled but found. What differs between
+the meta device and a GPU is made up for in `Stage`: autocast, the attention kernel, and what bitsandbytes'
+operations allocate inside.
+
+`Allocator` then replays a tape the way CUDA's caching allocator serves it: blocks of 512 bytes, segments that are
+split and cached (pytorch, `c10/cuda/CUDACachingAllocator.cpp`).
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Block:
+    """A storage: what made it, and from when to when it lived.
+
+    Args:
+        bytes: Its size.
+        made_by: Name of the operation, or what it is where it was there before.
+        phase: `before`, `forward`, `backward` or `optimizer`.
+        recomputed: Whether a checkpointed layer made it while it ran again.
+        born: Place of its first event.
+        died: Place of its last event, or None while it lives.
+        kind: What it is for; set once that is known.
+    """
+
+    bytes: int
+    made_by: str
+    phase: str
+    recomputed: bool
+    born: int
+    died: int | None = None
+    kind: str = ""
+
+
+class Tape(TorchDispatchMode):
+    """Notes every storage that operations make on one device.
+
+    Args:
+        device: Type of the device whose storages count: `cpu`, `cuda` or `meta`.
+        inside: Operations that allocate more inside than they return, with what to run in their stead so that
+            it is seen.
+    """
+
+    def __init__(self, device: str, inside: dict[Any, Callable[..., Any]] | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.inside = inside or {}
+        self.events: list[tuple[Block, bool]] = []
+        self.phase = "before"
+        self.on_operation: Callable[[], None] | None = None
+        self._alive: dict[int, tuple[Block, Any]] = {}
+
+    def hold(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count a tensor that is there already, or name what one is for."""
+        block = self.block_of(tensor) or self._see(tensor, kind)
+        if block is not None:
+            block.kind = block.kind or kind
+
+    def block_of(self, tensor: torch.Tensor) -> Block | None:
+        """Return the block of a tensor's storage, or None where it was not seen."""
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return found[0] if found else None
+
+    def alive(self) -> list[Block]:
+        """Return the blocks that live now."""
+        return [block for block, _ in self._alive.values()]
+
+    def _see(self, tensor: torch.Tensor, made_by: str) -> Block | None:
+        if tensor.device.type != self.device:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return None
+        size = storage.nbytes()
+        if not size:
+            return None
+        recomputed = self.phase == "backward" and torch.is_grad_enabled()
+        block = Block(size, made_by, self.phase, recomputed, len(self.events))
+        self.events.append((block, True))
+
+        def gone(_: Any) -> None:
+            block.died = len(self.events)
+            self.events.append((block, False))
+            self._alive.pop(key, None)
+
+        self._alive[key] = (block, weakref.ref(storage, gone))
+        return block
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note the storages that it made."""
+        kwargs = kwargs or {}
+        if self.on_operation is not None:
+            self.on_operation()
+        instead = self.inside.get(func)
+        if instead is not None:
+            with self:
+                out = instead(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            self._see(out, func._schema.name)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                if isinstance(item, torch.Tensor):
+                    self._see(item, func._schema.name)
+                elif isinstance(item, (tuple, list)):
+                    for inner in item:
+                        if isinstance(inner, torch.Tensor):
+                            self._see(inner, func._schema.name)
+        return out
+
+    def temporary(self, size: int, made_by: str) -> None:
+        """Note memory that an operation takes inside and gives back before it ends."""
+        if size > 0:
+            block = Block(size, made_by, self.phase, False, len(self.events))
+            self.events.append((block, True))
+            block.died = len(self.events)
+            self.events.append((block, False))
+
+
+# --- the meta device made to act like the one that is planned for ------------------------------------------------
+
+# torch/csrc/autocast: what CUDA's autocast runs in 16 bits, and what in fp32 (at::autocast, AT_FORALL_*).
+_SIXTEEN = {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "mv",
+    "einsum", "conv1d", "conv2d", "scaled_dot_product_attention", "prelu", "chain_matmul",
+}  # fmt: skip
+_FP32 = {
+    "pow", "__pow__", "__rpow__", "rsqrt", "reciprocal", "exp", "expm1", "log", "log10", "log2", "log1p", "acos",
+    "asin", "cosh", "sinh", "tan", "erfinv", "softplus", "layer_norm", "group_norm", "rms_norm", "nll_loss",
+    "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div", "cosine_similarity", "logsumexp", "dist",
+    "renorm", "cumsum", "cumprod", "prod", "sum", "softmax", "log_softmax", "norm",
+}  # fmt: skip
+
+
+class Stage(TorchFunctionMode):
+    """Makes the meta device act like the device that is planned for.
+
+    Autocast casts, and keeps casts of trained weights, as CUDA's does; attention takes the kernel that the device
+    would take; and a question about values (is every token real?) is answered by `padded`.
+
+    Args:
+        device: `cpu` or `cuda`.
+        capability: Compute capability of the GPU.
+        dtype: What autocast computes in, or None for no autocast.
+        padded: Whether the batches have padding.
+    """
+
+    def __init__(
+        self, device: str, capability: tuple[int, int], dtype: torch.dtype | None, padded: bool
+    ) -> None:
+        super().__init__()
+        self.device, self.capability, self.padded = device, capability, padded
+        self.dtype = dtype
+        self.casting = False
+        self._casts: dict[int, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Cast as autocast does for the length of a block: a forward pass."""
+        self.casting = self.dtype is not None
+        try:
+            yield
+        finally:
+            self.casting = False
+            self._casts.clear()
+
+    def forget_casts(self) -> None:
+        """Let go of the casts of trained weights that a recomputed layer left."""
+        if self._casts and not torch.is_grad_enabled():
+            self._casts.clear()
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._cast(item, dtype) for item in value)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if dtype != torch.float32 and value.dtype == torch.float32 and value.requires_grad and value.is_leaf:
+            key = id(value)
+            if key not in self._casts:
+                self._casts[key] = value.to(dtype)
+            return self._casts[key]
+        return value.to(dtype)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function as the planned device would."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__bool__" and args[0].device.type == "meta":
+            return not self.padded
+        if self.dtype is not None and (self.casting or torch.is_grad_enabled()):
+            if name in _SIXTEEN:
+                args = tuple(self._cast(item, self.dtype) for item in args)
+                kwargs = {key: self._cast(item, self.dtype) for key, item in kwargs.items()}
+            elif name in _FP32:
+                args = tuple(self._cast(item, torch.float32) for item in args)
+                kwargs = {key: self._cast(item, torch.float32) for key, item in kwargs.items()}
+        if name == "scaled_dot_product_attention" and args[0].device.type == "meta":
+            return self._attention(*args, **kwargs)
+        if name == "dropout" and self.device == "cuda" and args[0].device.type == "meta":
+            return _fused_dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Run the kernel that `scaled_dot_product_attention` picks (aten/.../transformers/sdp_utils.cpp)."""
+        if self.device == "cpu":
+            # With dropout, or another gradient than flash attention's, the CPU falls back to plain products.
+            if dropout_p == 0.0 and query.dim() == 4:
+                bias = None
+                if attn_mask is not None:
+                    bias = attn_mask
+                    if bias.dtype == torch.bool:
+                        bias = torch.where(bias, 0.0, float("-inf")).to(query.dtype)
+                    bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
+                if enable_gqa:
+                    key, value = (
+                        t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value)
+                    )
+                out: torch.Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
+                    query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
+                )[0]
+                return out
+            return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        sixteen = query.dtype in (torch.float16, torch.bfloat16)
+        if attn_mask is None and sixteen and self.capability >= (8, 0):
+            if self.capability[0] == 9:
+                pass
+            return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
+                query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
+            )[0]
+        bias = None
+        if attn_mask is not None:
+            bias = attn_mask
+            if bias.dtype == torch.bool:
+                bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(bias, float("-inf"))
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        if key.shape[1] != query.shape[1]:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+            query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+def _fused_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    # A GPU keeps the mask as booleans (aten/src/ATen/native/Dropout.cpp); other devices keep it as numbers.
+    if not training or p == 0.0 or inplace:
+        return nn.functional.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+# --- CUDA's caching allocator -----------------------------------------------------------------------------------
+
+_MIB = 1024 * 1024
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Piece:
+    """A part of a segment."""
+
+    size: int
+    address: int
+    small: bool
+    free: bool = False
+    before: _Piece | None = None
+    after: _Piece | None = None
+
+    def key(self) -> tuple[int, int]:
+        return (self.size, self.address)
+
+
+class Allocator:
+    """CUDA's caching allocator without the memory: what is allocated, and what is reserved, at most.
+
+    Requests are rounded to 512 bytes. Those up to 1 MiB come from segments of 2 MiB, larger ones up to 10 MiB from
+    segments of 20, larger ones from a segment of their own, rounded to 2 MiB. The best fitting free piece is
+    taken and split where enough is left over (512 bytes, or more than 1 MiB among the large); what is not split off
+    counts as allocated. Freed pieces are joined with free neighbours and kept. (`CUDACachingAllocator.cpp`:
+    `round_size`, `get_allocation_size`, `should_split`.)
+    """
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak = self.peak_reserved = 0
+        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        self._pieces: dict[tuple[int, int], _Piece] = {}
+        self._next = 0
+
+    def take(self, size: int) -> _Piece:
+        """Serve a request of `size` bytes."""
+        size = max(512, -(-size // 512) * 512)
+        small = size <= _MIB
+        pool = self._free[small]
+        place = bisect.bisect_left(pool, (size, -1))
+        if place < len(pool):
+            piece = self._pieces.pop(pool.pop(place))
+        else:
+            if small:
+                segment = 2 * _MIB
+            elif size < 10 * _MIB:
+                segment = 20 * _MIB
+            else:
+                segment = -(-size // (2 * _MIB)) * 2 * _MIB
+            piece = _Piece(segment, self._next, small)
+            self._next += segment + 2 * _MIB
+            self.reserved += segment
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+        left = piece.size - size
+        if left >= 512 if small else left > _MIB:
+            rest = _Piece(left, piece.address + size, small, True, piece, piece.after)
+            if rest.after is not None:
+                rest.after.before = rest
+            piece.after, piece.size = rest, size
+            self._add(rest)
+        piece.free = False
+        self.allocated += piece.size
+        self.peak = max(self.peak, self.allocated)
+        return piece
+
+    def give_back(self, piece: _Piece) -> None:
+        """Free what `take` returned."""
+        self.allocated -= piece.size
+        piece.free = True
+        for other in (piece.before, piece.after):
+            if other is None or not other.free:
+                continue
+            key = other.key()
+            pool = self._free[piece.small]
+            del pool[bisect.bisect_left(pool, key)]
+            del self._pieces[key]
+            if other is piece.before:
+                piece.address, piece.before = other.address, other.before
+                if piece.before is not None:
+                    piece.before.after = piece
+            else:
+                piece.after = other.after
+                if piece.after is not None:
+                    piece.after.before = piece
+            piece.size += other.size
+        self._add(piece)
+
+    def _add(self, piece: _Piece) -> None:
+        bisect.insort(self._free[piece.small], piece.key())
+        self._pieces[piece.key()] = piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """The moment of a tape at which most was allocated.
+
+    Args:
+        bytes: Allocated then.
+        reserved: Most reserved until the tape's end.
+        phase: Phase in which it was.
+        alive: The blocks that lived then, and what each took.
+    """
+
+    bytes: int
+    reserved: int
+    phase: str
+    alive: list[tuple[Block, int]]
+
+
+def replay(events: Iterable[tuple[Block, bool]], *, caching: bool) -> Peak:
+    """Find a tape's peak.
+
+    Args:
+        events: A tape's events.
+        caching: Serve them as CUDA's caching allocator does; otherwise each takes its own bytes.
+
+    Returns:
+        The peak.
+    """
+    events = list(events)
+    allocator = Allocator()
+    pieces: dict[int, Any] = {}
+    sizes: dict[int, int] = {}
+    now = peak = place = 0
+    for index, (block, made) in enumerate(events):
+        if made:
+            if caching:
+                piece = pieces[id(block)] = allocator.take(block.bytes)
+                sizes[id(block)] = piece.size
+            else:
+                sizes[id(block)] = block.bytes
+            now += sizes[id(block)]
+        else:
+            now -= sizes[id(block)]
+            if caching:
+                allocator.give_back(pieces.pop(id(block)))
+        if now > peak:
+            peak, place = now, index
+    alive = [
+        (block, sizes[id(block)])
+        for index, (block, made) in enumerate(events[: place + 1])
+        if made and (block.died is None or block.died > place)
+    ]
+    phase = events[place][0].phase if events else "before"
+    return Peak(peak, allocator.peak_reserved if caching else peak, phase, alive)
+
+
+def parameters_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return a model's weights, buffers and quantization tables, each storage once, in the model's order."""
+    found: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            found.setdefault(tensor.untyped_storage()._cdata, tensor)
+            state = getattr(tensor, "quant_state", None)
+            for extra in _tables(state):
+                found.setdefault(extra.untyped_storage()._cdata, extra)
+        state = getattr(module, "state", None)
+        for extra in (getattr(state, "CB", None), getattr(state, "SCB", None), getattr(tensor_of(module), "SCB", None)):
+            if isinstance(extra, torch.Tensor):
+                found.setdefault(extra.untyped_storage()._cdata, extra)
+    return list(found.values())
+
+
+def tensor_of(module: nn.Module) -> Any:
+    """Return a module's weight, or None."""
+    return getattr(module, "weight", None)
+
+
+def _tables(state: Any) -> list[torch.Tensor]:
+    if state is None:
+        return []
+    tensors = [state.absmax, state.code, state.offset]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
