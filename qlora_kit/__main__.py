@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import __version__
 from .errors import KitError, unknown
 
 COMMANDS = ("presets", "finetune", "evaluate", "predict", "run-notebooks", "check")
@@ -129,8 +130,7 @@ def _parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="store_true", help="print the version and stop")
-    parser.set_defaults(run=_version, command=None)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, words: str, run: Any, examples: str = "") -> argparse.ArgumentParser:
@@ -145,7 +145,7 @@ def _parser() -> _Parser:
         added.set_defaults(run=run)
         return added
 
-    presets = command("presets", "list the presets, or print one as YAML with every field", _presets)
+    presets = command("presets", "list the presets, or print one as YAML with all its fields", _presets)
     presets.add_argument("name", nargs="?", help="a preset, auto, or an experiment's YAML file")
 
     finetune = command("finetune", "train an experiment into a run folder", _finetune, FINETUNE_EXAMPLES)
@@ -185,16 +185,6 @@ def _parser() -> _Parser:
     check = command("check", "check records against the JSON Schemas of the contracts", _check)
     check.add_argument("paths", nargs="+", metavar="PATH", help="record files, or folders with records in them")
     return parser
-
-
-def _version(options: argparse.Namespace) -> int:
-    from . import __version__
-
-    if options.version:
-        print(__version__)
-    else:
-        _parser().print_help()
-    return 0
 
 
 def _presets(options: argparse.Namespace) -> int:

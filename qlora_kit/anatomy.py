@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+# Before anything that imports bitsandbytes by itself.
+from . import _bnb  # noqa: F401  # isort: skip
 import peft
 import torch
 from torch import nn

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# Before anything that imports bitsandbytes by itself.
+from . import _bnb  # noqa: F401  # isort: skip
 import numpy as np
 import peft
 import torch

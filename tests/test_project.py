@@ -163,12 +163,15 @@ def test_a_notebook_is_a_clean_source(path: Path):
     assert all(name == name.lower() for name in defaults)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_defines_no_function(path: Path):
-    for cell in code_cells(path):
-        if "set-up" not in cell.metadata.get("tags", ()):
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            assert not [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, kinds)], cell.source
+def test_no_notebook_defines_what_another_needs():
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    defined: dict[str, str] = {}
+    for path in NOTEBOOKS:
+        tree = ast.parse("\n".join(cell.source for cell in code_cells(path)))
+        own = {node.name for node in ast.walk(tree) if isinstance(node, kinds)}
+        for name in own:
+            assert name not in defined, f"{name} stands in {defined[name]} and {path.stem}: it belongs in the library"
+            defined[name] = path.stem
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

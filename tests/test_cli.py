@@ -1,0 +1,143 @@
+"""The command line: exit codes, one line for bad input, help that teaches."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_kit import __main__ as cli
+from qlora_kit import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kit(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "qlora_kit", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, encoding="utf-8")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that has to be refused; return its one line."""
+    assert cli.main([*map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("qlora_kit: ") and said.err.count("\n") == 1 and said.err.endswith("\n")
+    return said.err
+
+
+def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([]) == 0
+    plain = capsys.readouterr().out
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == plain
+    for command in cli.COMMANDS:
+        assert command in plain
+    assert "tickets.csv" in plain and 'predict runs/minilm_banking77_qlora_seed0 "My card' in plain
+    for command in ("finetune", "predict", "run-notebooks"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert f"examples:\n  python -m qlora_kit {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]):
+    import shlex
+
+    examples = cli.EXAMPLES + cli.FINETUNE_EXAMPLES + cli.PREDICT_EXAMPLES + cli.NOTEBOOK_EXAMPLES
+    lines = examples.replace("\\\n", " ").splitlines()
+    commands = [line.partition("qlora_kit ")[2] for line in lines if line.strip().startswith("python -m qlora_kit ")]
+    assert len(commands) > 10
+    for command in commands:
+        words = shlex.split(command.partition("   ")[0] if "--data" not in command else command)
+        words = words[: words.index("<")] if "<" in words else words
+        assert cli._parser().parse_args(words).command == words[0], command
+
+
+def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["presets"]) == 0
+    listed = capsys.readouterr().out
+    assert "minilm_banking77_qlora " in listed and "base in nf4" in listed
+    assert cli.main(["presets", "minilm_banking77_smoke"]) == 0
+    assert "limit: 600" in capsys.readouterr().out
+
+
+def test_bad_input_ends_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert "Did you mean 'finetune'" in refused(capsys, "finetun", "x")
+    assert "Did you mean 'minilm_banking77_qlora'" in refused(capsys, "finetune", "minilm_banking77_qlor")
+    assert "Did you mean 'minilm_banking77_qlora'" in refused(
+        capsys, "run-notebooks", "--preset", "minilm_banking77_qlor"
+    )
+    assert "--help" in refused(capsys, "finetune")
+    assert "--wrong" in refused(capsys, "presets", "--wrong")
+    smoke = ("finetune", "minilm_banking77_smoke", "--out", tmp_path / "runs")
+    assert "training.epochs" in refused(capsys, *smoke, "--set", "training.epoch=1")
+    assert "write --set" in refused(capsys, *smoke, "--set", "training.epochs")
+    assert "cannot be the name of" in refused(capsys, *smoke, "--name", "../../elsewhere")
+    assert "no run folder" in refused(capsys, "evaluate", tmp_path / "nothing")
+    assert "no run folder" in refused(capsys, "predict", tmp_path / "nothing", "a text")
+    assert "is 0" in refused(capsys, "predict", tmp_path, "a text", "--top", "0")
+    assert "no file or folder" in refused(capsys, "check", tmp_path / "nothing")
+    out = ("run-notebooks", "--preset", "minilm_banking77_smoke", "--out", tmp_path / "out")
+    assert "Did you mean 'epochs'" in refused(capsys, *out, "--params", "epoch=1")
+    assert "Did you mean '02_finetune'" in refused(capsys, *out, "--notebooks", "02_finetun")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_bad_file_ends_in_one_line_of_the_whole_process(tmp_path: Path):
+    (tmp_path / "good.csv").write_text("message,team\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20)))
+    done = kit(
+        *("finetune", "minilm_banking77_smoke", "--data", "good.csv", "--test", "0.2"),
+        *("--text", "messag", "--label", "team"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("qlora_kit: ") and done.stderr.count("\n") == 1
+    assert "Did you mean 'message'" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failure_is_no_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "01_bad.json").write_text(json.dumps({"schema": 1}))
+    assert cli.main(["check", str(tmp_path / "01_bad.json")]) == 1
+    assert "'notebook' is a required property" in capsys.readouterr().out
+    assert cli.main(["check", str(ROOT / "tests")]) == 1
+    assert "0 records" in capsys.readouterr().out
+
+
+def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    moods = {"happy": ["what a fine day", "I love this", "great news today"], "cross": ["I am fed up", "this is awful"]}
+    rows = [f'"{text}, {i}",{mood}' for i in range(12) for mood, texts in moods.items() for text in texts]
+    (tmp_path / "moods.csv").write_text("message,mood\n" + "\n".join(rows) + "\n")
+    monkeypatch.chdir(tmp_path)
+    train = ["finetune", "minilm_banking77_smoke", "--name", "moods", "--quiet", "--set", "training.epochs=1"]
+    train += ["--data", "moods.csv", "--text", "message", "--label", "mood", "--test", "0.2"]
+    assert cli.main([*train, "--set", "training.batch_size=8", "--set", "data.validation=0.2"]) == 0
+    assert capsys.readouterr().out == "runs/moods\n"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("I love this day\n\nawful, I am fed up\n"))
+    assert cli.main(["predict", "runs/moods", "--json"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["label"]) for row in said] == [
+        ("I love this day", "happy"),
+        ("awful, I am fed up", "cross"),
+    ]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in said)
+    assert cli.main(["predict", "runs/moods", "I love this", "--top", "1"]) == 0
+    assert capsys.readouterr().out.startswith("I love this\n    happy ")
+
+    assert cli.main(["evaluate", "runs/moods", "--no-baselines", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "f1_macro" in said and said.endswith("runs/moods/evaluation.json\n")
+    assert cli.main(["check", "runs/moods"]) == 0
+    assert "2 records checked, 0 problems" in capsys.readouterr().out
