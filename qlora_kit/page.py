@@ -79,6 +79,8 @@ figure img { width: 100%; height: auto; display: block; background: #fff; border
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--code); border-radius: 8px; padding: 12px; overflow-x: auto; margin: .5rem 0;
   font-size: .85rem; line-height: 1.45; } pre.error { border-left: 4px solid var(--bad); }
+@media (max-width: 600px) { main { padding: 16px 8px 48px; } section { padding: 14px 12px; }
+  th, td { padding-right: 9px; } td:first-child { min-width: 8.5em; } .facts { gap: 8px; } }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
 
@@ -138,14 +140,27 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
     """
     if page.is_file() and page.stat().st_mtime_ns >= notebook.stat().st_mtime_ns:
         return
+    import nbformat
     from nbconvert import HTMLExporter
 
     try:
-        body = _clean(HTMLExporter(template_name="basic").from_filename(str(notebook))[0])
+        book = nbformat.read(notebook, as_version=4)
+        for cell in book.cells:
+            cell.outputs = [output for output in map(_without_bars, cell.get("outputs", ())) if output is not None]
+        body = _clean(HTMLExporter(template_name="basic").from_notebook_node(book)[0])
     except Exception as error:  # A notebook cut off while it was being written must not hide what came before.
         body = f"<p>{_text(notebook.name)} cannot be read: {_text(error)}</p>"
     back = '<p><a href="index.html">all notebooks</a></p>'
     write_text(page, _document(notebook.stem, back + body, _NOTEBOOK_STYLE))
+
+
+def _without_bars(output: Any) -> Any:
+    """Return an output without the progress bars in it, or None where nothing else is; they are over."""
+    if output.get("name") == "stderr":
+        lines = [line for line in re.split(r"[\r\n]+", output["text"]) if line.strip("\x1b[A ")]
+        kept = [line for line in lines if not re.search(r"\d%\|", line)]
+        return {**output, "text": "\n".join(kept) + "\n"} if kept else None
+    return output
 
 
 # What a notebook's markdown and tables need; anything else is left out of its page.
