@@ -2,6 +2,8 @@
 
     python benchmarks/quantization.py
 
+On two CPU cores it takes most of an hour; what is done is kept in --work, so that it goes on where it was cut off.
+
 Four subjects, each row with its `subject`:
 
     normal      error on normal samples, by scheme and block size, with Lloyd-Max's and Shannon's limits
@@ -19,9 +21,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +57,24 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of each text")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--subjects", nargs="+", default=["normal", "layer", "embedding", "perplexity"])
+    parser.add_argument("--work", default="runs/quantization", help="folder of rows that are done")
     parser.add_argument("--out", default="results/quantization.json")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    subjects = {
-        "normal": lambda: normal(),
-        "layer": lambda: layers(),
-        "embedding": lambda: embeddings(options.device),
-        "perplexity": lambda: perplexities(options.device, options.tokens, options.window),
+    subjects: dict[str, Iterator[tuple[str, Callable[[], Iterable[dict[str, Any]]]]]] = {
+        "normal": iter([("normal", normal)]),
+        "layer": iter([("layer", layers)]),
+        "embedding": iter([("embedding", lambda: embeddings(options.device))]),
+        "perplexity": perplexities(options.device, options.tokens, options.window),
     }
+    rows: list[dict[str, Any]] = []
     for subject in options.subjects:
-        for row in subjects[subject]():
-            rows.append({"subject": subject, **row})
-            print(rows[-1], flush=True)
+        for name, measure in subjects[subject]:
+            file = Path(options.work) / f"{name}.json"
+            if not file.is_file():
+                records.write_json(file, list(measure()))
+            rows += [{"subject": subject, **row} for row in records.read_json(file)]
+            print(f"{name}: done", flush=True)
+    compare_perplexities(rows)
     bases = {name: models.find_base(ModelSpec(name)).checksum for name in ("embedded:minilm", "embedded:smollm2-135m")}
     environment = records.environment(options.device, data_checksum=data.banking77().checksum)
     environment["checksums"]["base"] = bases
@@ -197,34 +205,57 @@ def texts() -> dict[str, str]:
     }
 
 
-def perplexities(device: str, tokens: int, window: int) -> Iterator[dict[str, Any]]:
-    """Perplexity of each text in each scheme, and how many times the unquantized model's it is, paired."""
+def perplexities(device: str, tokens: int, window: int) -> Iterator[tuple[str, Callable[[], Iterable[dict[str, Any]]]]]:
+    """Perplexity of each text in each scheme, by the weights it starts from; a unit of work for each."""
+    for weights in ("as shipped", "smoothed"):
+        for scheme, spec, levels in SCHEMES:
+            # on smoothed weights what bears on the grid alone
+            if weights == "smoothed" and (scheme in ("int8", "e3m0") or spec.nested):
+                continue
+            double = "_double" if spec.nested else ""
+            unit = f"perplexity_{weights.replace(' ', '_')}_{scheme}{double}_{tokens}_{window}"
+            yield unit, functools.partial(read_texts, device, tokens, window, weights, scheme, spec, levels)
+
+
+def read_texts(
+    device: str, tokens: int, window: int, weights: str, scheme: str, spec: Quantization, levels: str | None
+) -> Iterator[dict[str, Any]]:
     name = "embedded:smollm2-135m"
     tokenizer = models.load_tokenizer(ModelSpec(name))
-    ids = {text: torch.tensor(tokenizer(content)["input_ids"][:tokens]) for text, content in texts().items()}
-    original = load(name)
-    smoothed = smooth(copy.deepcopy(original))
-    for kind, model in (("as shipped", original), ("smoothed", smoothed)):
-        reference: dict[str, torch.Tensor] = {}
-        for scheme, spec, levels in SCHEMES:
-            if kind == "smoothed" and (scheme == "int8" or (spec.is_4bit and spec.double_quantization)):
-                continue
-            changed = quantization.quantize_weights_(copy.deepcopy(model), spec, ["lm_head"], levels=levels).to(device)
-            for text, content in ids.items():
-                losses = quantization.window_losses(changed, content, window=window)
-                reference.setdefault(text, losses)
-                yield {
-                    "model": name,
-                    "weights": kind,
-                    "text": text,
-                    "scheme": scheme,
-                    "double_quantization": spec.nested,
-                    "tokens": len(losses) * window,
-                    "window": window,
-                    "perplexity": quantization.perplexity(losses),
-                    "ratio": quantization.perplexity(losses, reference[text]),
-                    "window_losses": losses.tolist(),
-                }
+    model = load(name)
+    if weights == "smoothed":
+        smooth(model)
+    quantization.quantize_weights_(model, spec, ["lm_head"], levels=levels).to(device)
+    for text, content in texts().items():
+        ids = torch.tensor(tokenizer(content)["input_ids"][:tokens])
+        losses = quantization.window_losses(model, ids, window=window)
+        yield {
+            "model": name,
+            "weights": weights,
+            "text": text,
+            "scheme": scheme,
+            "double_quantization": spec.nested,
+            "tokens": len(losses) * window,
+            "window": window,
+            "perplexity": quantization.perplexity(losses),
+            "window_losses": losses.tolist(),
+        }
+
+
+def compare_perplexities(rows: list[dict[str, Any]]) -> None:
+    """Add how many times the unquantized model's perplexity each row has, and int4's: paired, text by text."""
+    found = {
+        (row["weights"], row["text"], row["scheme"]): torch.tensor(row["window_losses"], dtype=torch.float64)
+        for row in rows
+        if row["subject"] == "perplexity" and not row["double_quantization"]
+    }
+    for row in rows:
+        if row["subject"] == "perplexity":
+            losses = torch.tensor(row["window_losses"], dtype=torch.float64)
+            for name, scheme in (("ratio", "none"), ("ratio_to_int4", "int4")):
+                against = found.get((row["weights"], row["text"], scheme))
+                if against is not None:
+                    row[name] = quantization.perplexity(losses, against)
 
 
 def smooth(model: Any) -> Any:
