@@ -220,14 +220,13 @@ def _unknown_parameter(name: str, where: str, allowed: Iterable[str]) -> KitErro
 def _convert(key: str, value: Any, default: Any) -> Any:
     """Return a value as the default's type has it, or raise KitError."""
     parsed = value
-    if isinstance(value, str):
+    # A text parameter takes the text as it stands (`wandb=off` is no false); of a quoted one, what is in the quotes.
+    quoted = isinstance(value, str) and re.fullmatch(r"""'[^']*'|"[^"]*\"""", value.strip())
+    if isinstance(value, str) and (quoted or not isinstance(default, str)):
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise KitError(f"{key}={value!r} is no YAML scalar: {' '.join(str(error).split())}") from error
-        if isinstance(default, str) and not isinstance(parsed, str):
-            # `wandb=off` or `run=12` mean the text: YAML's reading of it is of no use to a text parameter.
-            parsed = value
     if isinstance(default, bool):
         if isinstance(parsed, bool):
             return parsed

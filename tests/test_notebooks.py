@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from qlora_kit import notebooks, page
+from qlora_kit import notebooks, page, schemas
 from qlora_kit.errors import KitError
 from qlora_kit.records import locked
 
@@ -86,7 +86,7 @@ def tree(out: Path) -> dict[str, str]:
         ("steps=true", ["whole number"]),
         ("rate=[1]", ["number"]),
         ("quick=3", ["true or false"]),
-        ("wandb=[a", ["no YAML"]),
+        ("steps=[a", ["no YAML"]),
         ("steps", ["name=value"]),
         ("steps=1 steps=2", ["twice"]),
         ("out=elsewhere", ["OUT=..."]),
@@ -118,6 +118,7 @@ def test_a_parameter_of_a_notebook_that_is_not_to_run_is_refused_by_name(books: 
         ("12", "", "12"),
         ("'12'", "", "12"),
         ("none", "auto", "none"),
+        ("[a # b", "auto", "[a # b"),
         ("yes", False, True),
         ("[1, 2]", [8], [1, 2]),
         ("7", None, 7),
@@ -255,6 +256,13 @@ def test_what_a_cell_prints_is_shown_while_it_runs(tmp_path: Path):
     assert not any("noise" in line for line in said)
 
 
+def test_a_hostile_value_arrives_as_the_text_it_is(tmp_path: Path):
+    value = "it's \\ \"quoted\"\n'''; raise SystemExit # {out} $HOME \u2028"
+    notebook(tmp_path / "books", "01_text", 'it = ""', "seen = [it]")
+    run(tmp_path / "books", tmp_path / "out", params={"it": value})
+    assert seen(tmp_path / "out", "01_text") == [value]
+
+
 def test_a_second_run_into_the_same_folder_says_so_and_stops(books: Path, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
@@ -265,7 +273,7 @@ def test_a_second_run_into_the_same_folder_says_so_and_stops(books: Path, tmp_pa
     assert not list(tmp_path.glob("out-*"))
 
 
-def test_a_killed_run_leaves_no_kernel_and_is_picked_up(tmp_path: Path):
+def test_a_killed_or_stopped_run_leaves_no_kernel_and_is_picked_up(tmp_path: Path):
     pid, go = tmp_path / "pid", tmp_path / "go"
     notebook(tmp_path / "books", "01_first", "", "seen = [1]")
     notebook(
@@ -289,18 +297,28 @@ def test_a_killed_run_leaves_no_kernel_and_is_picked_up(tmp_path: Path):
     process.wait()
     kernel = int(pid.read_text())
     wait_for(lambda: not alive(kernel))
+
+    # The same with Ctrl-C, which leaves it told in the state.
+    pid.unlink()
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: pid.exists() and pid.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    kernel = int(pid.read_text())
+    wait_for(lambda: not alive(kernel))
+    assert json.loads((out / "run.json").read_text())["notebooks"]["02_slow"]["state"] == "failed"
     go.touch()
     said = run(tmp_path / "books", out)
     assert "after 01_first" in said
     assert seen(out, "02_slow") == [2]
 
 
-def wait_for(condition: Any) -> None:
-    for _ in range(1200):
+def wait_for(condition: Any, minutes: float = 1) -> None:
+    for _ in range(int(1200 * minutes)):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not happen within a minute")
+    raise AssertionError(f"it did not happen within {minutes} minutes")
 
 
 def alive(pid: int) -> bool:
@@ -309,6 +327,41 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+@pytest.mark.long
+def test_the_real_notebooks_killed_while_training_end_as_if_nothing_had_been(tmp_path: Path):
+    env = {**os.environ, "PYTHONPATH": str(notebooks.PACKAGE.parent), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+    def command(out: Path) -> list[str]:
+        words = ["run-notebooks", "--preset", PRESET, "--notebooks", "02 03", "--out", str(out)]
+        return [sys.executable, "-m", "qlora_kit", *words, "--params", "epochs=2 resamples=200"]
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole), env=env, check=True)
+    process = subprocess.Popen(command(cut), env=env, start_new_session=True)
+    folder = cut / "runs" / f"{PRESET}_seed0"
+    wait_for(lambda: list((folder / "checkpoints").glob("checkpoint-*")), minutes=10)
+    process.kill()
+    process.wait()
+    # Its kernel notices within a second or two; until then it holds the run folder.
+    wait_for(lambda: free(folder))
+    done = subprocess.run(command(cut), env=env, check=True, capture_output=True, text=True)
+    assert "Going on with" in done.stdout
+    for name in ("training.json", "evaluation.json"):
+        ended = [json.loads((out / "runs" / f"{PRESET}_seed0" / name).read_text()) for out in (whole, cut)]
+        assert ended[0]["metrics"] == ended[1]["metrics"], name
+    assert json.loads((folder / "training.json").read_text())["timing"]["resumed_from_step"]
+    _, problems = schemas.check([whole, cut])
+    assert problems == []
+
+
+def free(folder: Path) -> bool:
+    try:
+        with locked(folder):
+            return True
+    except KitError:
+        return False
 
 
 # --- index.html -------------------------------------------------------------------------------------------------
