@@ -185,9 +185,9 @@ def _nf4_levels() -> list[float]:
         q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2,
 
     with Q the inverse of the normal's distribution function, cannot be used as it stands: Q(0) and Q(1) are
-    infinite, the usable i = 1..15 give 15 levels rather than 16, and none of them is exactly zero, which
-    padding and pruned weights need. The text below the equation repairs it: quantiles for the negative and
-    the positive half separately, one zero kept of the two.
+    infinite, and the usable i = 1..15 give 15 levels for 16 codes. An even number of symmetric levels would have no
+    exact zero, which padding and pruned weights need. The text below the equation gives symmetry up: quantiles for
+    the negative and the positive half separately, one more of these, and one zero.
 
     bitsandbytes' table, which everybody means by NF4, departs from the equation in three ways. It takes
     quantiles themselves, at evenly spaced probabilities, not midpoints between neighbours. It gives the
@@ -763,8 +763,8 @@ def window_losses(model: Any, token_ids: torch.Tensor, *, window: int = 256, bat
         for batch in windows.split(batch_size):
             batch = batch.to(model.device)
             logits = model(input_ids=batch).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-            losses.append(loss.double().mean(dim=1).cpu())
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            losses.append(loss.double().view(len(batch), -1).mean(dim=1).cpu())
     return torch.cat(losses)
 
 
