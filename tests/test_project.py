@@ -8,6 +8,8 @@ import json
 import re
 import subprocess
 import sys
+import sysconfig
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -273,3 +275,43 @@ def test_the_results_are_what_the_contracts_say():
 
     _, problems = schemas.check([ROOT / "results"])
     assert problems == []
+
+
+@pytest.mark.long
+def test_the_wheel_works_outside_the_clone(tmp_path: Path):
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, text=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    # A fresh environment that borrows the packages of this one, but not the package itself.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(packages)], check=True)
+    (packages / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(here), "HF_HUB_OFFLINE": "1"}
+
+    def kit(*arguments: str) -> str:
+        command = [str(python), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    script = """
+        import qlora_kit as qk
+        assert qk.__file__.startswith(VENV), qk.__file__
+        data = qk.banking77()
+        print(len(data.train), len(data.validation), len(data.test))
+        print(*qk.notebooks.list_notebooks())
+    """
+    said = kit("-c", textwrap.dedent(script).replace("VENV", repr(str(tmp_path / "venv")))).splitlines()
+    assert said == ["9002 1001 3080", " ".join(path.stem for path in NOTEBOOKS)]
+    assert "minilm_banking77_qlora" in kit("-m", "qlora_kit", "presets")
+    run = ["--notebooks", "02", "--preset", "minilm_banking77_smoke", "--params", "max_steps=2"]
+    assert "02_finetune finished" in kit("-m", "qlora_kit", "run-notebooks", *run)
+    assert "2 records checked, 0 problems" in kit("-m", "qlora_kit", "check", "runs/latest")
+    run_folder = "runs/latest/runs/minilm_banking77_smoke_seed0"
+    assert "My card\n" in kit("-m", "qlora_kit", "predict", run_folder, "My card")
