@@ -599,6 +599,13 @@ def storage(model: torch.nn.Module, skip_modules: Iterable[str] = ()) -> Storage
             rows.append(stored)
             seen.add(id(module.weight))
             seen.update(id(buffer) for buffer in module.buffers(recurse=False))
+    for module in model.modules():  # embeddings in 4 bits, where asked for
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            rest_parameters += state.shape.numel()
+            held = (module.weight, state.absmax, state.code, *((state.state2.absmax,) if state.nested else ()))
+            rest_bytes += sum(tensor.numel() * tensor.element_size() for tensor in held)
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in seen:
             seen.add(id(tensor))

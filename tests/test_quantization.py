@@ -283,6 +283,14 @@ def test_storage_of_a_plain_and_of_an_int8_model():
         quantization.storage(nn.Embedding(3, 4))
 
 
+def test_an_embedding_in_4_bits_is_counted_as_the_weights_it_stands_for():
+    model = nn.ModuleDict({"x": nn.Linear(64, 64, bias=False), "embedding": bnb.nn.Embedding4bit(30, 64)})
+    model = model.to("cpu")
+    measured = quantization.storage(model)
+    assert measured.linear_parameters == 64 * 64 and measured.parameters == 64 * 64 + 30 * 64
+    assert measured.bytes < 4 * 64 * 64 + 30 * 64
+
+
 def test_a_shared_weight_is_counted_once():
     model = nn.ModuleDict({"embedding": nn.Embedding(30, 64), "x": nn.Linear(64, 64, bias=False)})
     model["out"] = nn.Linear(64, 30, bias=False)
