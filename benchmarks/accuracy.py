@@ -146,7 +146,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write the rows, and for test scores each method's mean and what separates it from the others."""
     import numpy as np
 
-    from qlora_kit import data, evaluation, models
+    from qlora_kit import data, evaluation, models, plots
 
     result: dict[str, Any] = {
         "schema": records.SCHEMA,
@@ -201,6 +201,8 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if options.append and out.is_file():
         result = _appended(records.read_json(out), result)
     records.write_json(out, result)
+    if not options.grid:
+        plots.save(figure(result), out.parent, out.stem)
     for line in result["summary"]:
         print(
             "  ".join(
@@ -211,6 +213,23 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         f1 = line["f1_macro"]
         print(f"{line['of']} over {line['over']}: macro F1 {f1['value']:+.4f} ({f1['low']:+.4f} to {f1['high']:+.4f})")
     print(f"written: {out}")
+
+
+def figure(result: dict[str, Any]) -> Any:
+    """Draw the scores of `results/accuracy.json`."""
+    from qlora_kit import plots
+
+    scores: dict[str, list[float]] = {}
+    for row in result["rows"]:
+        device = row["device"].removeprefix("NVIDIA ").split(" ")[0] if "NVIDIA" in row["device"] else "CPU"
+        scores.setdefault(f"{row['preset'].replace('_banking77', '').replace('_', ' ')}, {device}", []).append(
+            row["f1_macro"]
+        )
+    names = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
+    baselines = {
+        names[name]: baseline["f1_macro"]["value"] for name, baseline in (result.get("baselines") or {}).items()
+    }
+    return plots.accuracy(scores, baselines)
 
 
 def _appended(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -429,6 +429,47 @@ def metric_intervals(
 
 
 @styled
+def accuracy(contenders: Mapping[str, Sequence[float]], baselines: Mapping[str, float]) -> KitFigure:
+    """Draw contenders' test scores, a dot a seed, against baselines that have no seed.
+
+    Args:
+        contenders: Macro F1 of each seed, by the name to show.
+        baselines: Macro F1 by the name to show; a dashed line each.
+
+    Returns:
+        One panel. The axis doesn't begin at 0: length means nothing here, position does.
+    """
+    figure, axes = new(height=1.7 + 0.62 * len(contenders))
+    for place, (_, scores) in enumerate(contenders.items()):
+        _seeds(axes, place, scores, BLUE if place == 0 else GREY)
+    everything = [*baselines.values(), *(score for scores in contenders.values() for score in scores)]
+    room = max(max(everything) - min(everything), 1e-3)
+    for name, score in baselines.items():
+        # A label stays on the side of its line where there is room for it.
+        right = score < min(everything) + 0.5 * room
+        axes.axvline(score, color=ORANGE, linestyle="--", linewidth=1.5)
+        axes.annotate(
+            f"{_cut(name, 30)}  {score:.4f}", (score, len(contenders) - 0.45), (5 if right else -5, 0),
+            textcoords="offset points", ha="left" if right else "right", va="bottom", fontsize=11, color=ORANGE,
+        )  # fmt: skip
+    axes.set_xlim(min(everything) - 0.05 * room, max(everything) + 0.1 * room)
+    axes.set_ylim(len(contenders) - 0.3, -0.8)
+    axes.set_yticks(range(len(contenders)), [_cut(name, 30) for name in contenders])
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("test macro F1, a dot a seed, a bar their mean")
+    return figure
+
+
+def _seeds(axes: Axes, place: int, scores: Sequence[float], colour: str) -> None:
+    """Draw a dot for each seed's score and a bar with a number for their mean."""
+    mean = float(np.mean(scores))
+    axes.plot(scores, [place] * len(scores), "o", color=colour, markersize=7, alpha=0.45, markeredgewidth=0)
+    axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=3)
+    axes.annotate(f"{mean:.4f}", (mean, place - 0.32), ha="center", va="bottom", fontsize=11)
+
+
+@styled
 def f1_by_label(rows: Sequence[Mapping[str, Any]], worst: int = 20) -> KitFigure:
     """Draw how well each label is recognised: all of them sorted, and the worst by name.
 
@@ -1014,11 +1055,7 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
         mine = [row for row in rows if label(row) == name]
         colour = SCHEME_COLOURS.get(mine[0]["scheme"], BLUE)
         scores = [row["f1_macro"] for row in mine]
-        left.plot(scores, [place] * len(scores), "o", color=colour, markersize=7, alpha=0.45, markeredgewidth=0)
-        left.plot([np.mean(scores)] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
-        left.annotate(
-            f"{np.mean(scores):.4f}", (float(np.mean(scores)), place - 0.32), ha="center", va="bottom", fontsize=11
-        )
+        _seeds(left, place, scores, colour)
         seconds = float(np.mean([row["train_seconds"] for row in mine]))
         right.barh(place, seconds, color=colour, height=0.55)
         bits = np.mean([row["bits_per_parameter"] for row in mine])
