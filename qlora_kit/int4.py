@@ -12,6 +12,7 @@ to its input and none to itself.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, cast
@@ -29,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from . import quantization
 from .errors import KitError
 from .quantization import NESTED_BLOCK_SIZE, Quantization
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -82,10 +85,16 @@ def dequantize_plain(
 
 @functools.cache
 def _triton_dequantize() -> Any:
-    """The CUDA kernel, or None where there is no Triton (Windows, CPU builds)."""
+    """The CUDA kernel; None where there is no Triton (Windows) or it cannot compile (no C compiler)."""
     try:
         from . import int4_triton
-    except ImportError:
+
+        codes, scales = torch.zeros(16, dtype=torch.uint8, device="cuda"), torch.ones(1, device="cuda")
+        int4_triton.dequantize(codes, scales, None, None, 32, 32, torch.float16)
+    except Exception as error:  # Triton and its compiler fail in many ways, and none of them is the user's doing
+        logger.warning(
+            "int4 layers go without their CUDA kernel, several times slower (%s)", " ".join(str(error).split())
+        )
         return None
     return int4_triton.dequantize
 

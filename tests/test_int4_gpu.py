@@ -37,6 +37,10 @@ def test_the_kernel_gives_the_plain_versions_bits(block_size, double, dtype):
         assert torch.equal(kernel, on_cpu)
 
 
+def test_the_kernel_is_what_layers_use():
+    assert int4._triton_dequantize() is not None
+
+
 def test_quantizing_on_the_gpu_gives_the_cpus_codes():
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     for scheme in ("nf4", "fp4", "int4"):
