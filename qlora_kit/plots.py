@@ -1063,6 +1063,7 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
             f"{seconds:.0f} s, {bits:.3g} bits", (seconds, place), (5, 0), textcoords="offset points", va="center",
             fontsize=11, annotation_clip=False,
         )  # fmt: skip
+    left.margins(x=0.12)
     left.set_ylim(len(names) - 0.4, -0.75)
     left.set_yticks(range(len(names)), names)
     left.grid(axis="y", visible=False)
