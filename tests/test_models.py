@@ -351,6 +351,7 @@ def test_gguf_becomes_a_folder_that_can_be_quantized_and_saved(tmp_path, monkeyp
 def _write_gguf(file, config):
     """Write a real GGUF file of a tiny Llama with a byte-level tokenizer."""
     import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
