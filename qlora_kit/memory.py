@@ -13,24 +13,27 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
-import math
+import importlib
+import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Kineto, behind torch's profiler, would announce itself on the terminal.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# Before anything that imports bitsandbytes by itself.
+from . import _bnb  # noqa: F401  # isort: skip
 import peft
 import torch
 from torch import nn
 
 from . import models, training
-from .anatomy import anatomy
 from .errors import KitError, unknown
-from .experiment import Experiment
-from .models import bnb
-from .tape import Block, Peak, Stage, Tape, parameters_of, replay
+from .experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, preset, presets
+from .tape import Peak, Stage, Tape, parameters_of, replay, tables_of
 
 MIB, GIB = 1024**2, 1024**3
 
@@ -208,7 +211,9 @@ class Plan:
 
     def draw(self) -> Any:
         """Draw the parts as one stacked bar."""
-        return draw_parts({"planned": self.parts})
+        from . import plots
+
+        return plots.memory_parts([{"label": "planned", "parts": self.parts}], PARTS)
 
 
 def plan(
@@ -219,6 +224,7 @@ def plan(
     device: str | Device | None = None,
     labels: int = 77,
     padded: bool = True,
+    layers: int | None = None,
 ) -> Plan:
     """Say what a training step will take, without weights and without a GPU.
 
@@ -233,6 +239,7 @@ def plan(
         device: A name of `DEVICES`, or None for this machine's.
         labels: Number of classes.
         padded: Whether batches have padding; without it attention needs no mask.
+        layers: Plan for a model of the same shape with this many layers instead of its own.
 
     Returns:
         The plan.
@@ -246,14 +253,16 @@ def plan(
     precision = _precision(experiment, where)
     model = _skeleton(experiment, precision, labels)
     _check_positions(model, experiment, length)
-    stage = Stage(where.kind, where.capability, models.COMPUTE_DTYPES[precision] if precision != "fp32" else None, padded)
+    stage = Stage(
+        where.kind, where.capability, models.COMPUTE_DTYPES[precision] if precision != "fp32" else None, padded
+    )
     tape = Tape("meta", _inside(where))
     tape.on_operation = stage.forget_casts
-    step = _Step(experiment, model, tape, torch.device("meta"), where)
-    with torch.autograd.set_multithreading_enabled(False), _autocast_flag(stage.dtype), tape, stage:
+    step = _Step(experiment, model, tape, where)
+    with torch.autograd.set_multithreading_enabled(False), _autocast_flag(stage.dtype), _int8_of(where), tape, stage:
         step.hold_weights()
         paged = step.hold_optimizer()
-        step.run(_batch(model, batch, length, labels, torch.device("meta"), padded), stage.autocast())
+        step.run(_batch(batch, length), stage.autocast())
     return _plan_of(experiment, batch, length, where, precision, tape, paged, models.trainable_parameters(model))
 
 
@@ -312,10 +321,14 @@ def _check_shape(batch: int, length: int) -> None:
 
 
 def _check_positions(model: nn.Module, experiment: Experiment, length: int) -> None:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    most = getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+    most = _positions(model)
     if most and length > most:
         raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
+
+
+def _positions(model: nn.Module) -> int | None:
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return getattr(getattr(inner, "config", None), "max_position_embeddings", None)
 
 
 def _precision(experiment: Experiment, where: Device) -> str:
@@ -344,6 +357,27 @@ def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
     return model
 
 
+def _layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return the list of a transformer's layers: the longest list of modules of one kind."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
+    ]
+    if not lists:
+        raise KitError(f"{type(model).__name__} has no list of layers")
+    return max(lists, key=len)
+
+
+def _keep_layers(model: nn.Module, count: int) -> None:
+    layers = _layers_of(model)
+    del layers[count:]
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    for name in ("num_hidden_layers", "n_layer"):
+        if hasattr(inner.config, name):
+            setattr(inner.config, name, count)
+
+
 @contextlib.contextmanager
 def _autocast_flag(dtype: torch.dtype | None) -> Iterator[None]:
     """Let PEFT see autocast as switched on, as it is while the Trainer runs a step on a GPU."""
@@ -355,38 +389,39 @@ def _autocast_flag(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def _batch(
-    model: nn.Module, batch: int, length: int, labels: int, device: torch.device, padded: bool
-) -> dict[str, torch.Tensor]:
-    """Return a batch of random tokens, the first row full and the others three quarters full."""
-    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if device.type == "meta":
-        return {
-            "input_ids": torch.empty(batch, length, dtype=torch.int64, device=device),
-            "attention_mask": torch.empty(batch, length, dtype=torch.int64, device=device),
-            "labels": torch.empty(batch, dtype=torch.int64, device=device),
-        }
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, inner.config.vocab_size, (batch, length), generator=generator)
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    if padded:
-        if batch == 1:
-            mask[0, -max(length // 8, 1) :] = 0
-        else:
-            mask[1:, -max(length // 4, 1) :] = 0
-        ids[mask == 0] = inner.config.pad_token_id or 0
-    target = torch.randint(0, labels, (batch,), generator=generator)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": target.to(device)}
+@contextlib.contextmanager
+def _int8_of(where: Device) -> Iterator[None]:
+    """Let bitsandbytes' int8 layers take the CPU's way where the plan is for a CPU."""
+    functions: Any = importlib.import_module("bitsandbytes.autograd._functions")
+    level = logging.getLogger(functions.__name__).level
+    logging.getLogger(functions.__name__).setLevel(logging.ERROR)
+    before = functions.MatMul8bitLt
+    if where.kind == "cpu":
+        functions.MatMul8bitLt = functions.MatMul8bitFp
+    try:
+        yield
+    finally:
+        functions.MatMul8bitLt = before
+        logging.getLogger(functions.__name__).setLevel(level)
+
+
+def _batch(batch: int, length: int) -> dict[str, torch.Tensor]:
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    return {
+        "input_ids": integers(batch, length),
+        "attention_mask": integers(batch, length),
+        "labels": integers(batch),
+    }
 
 
 class _Step:
-    """One training step as the Trainer makes it, on a tape."""
+    """One training step as the Trainer makes it, on shapes, on a tape."""
 
-    def __init__(
-        self, experiment: Experiment, model: nn.Module, tape: Tape, device: torch.device, where: Device
-    ) -> None:
-        self.spec, self.experiment = experiment.training, experiment
-        self.model, self.tape, self.device, self.where = model, tape, device, where
+    def __init__(self, experiment: Experiment, model: nn.Module, tape: Tape, where: Device) -> None:
+        self.spec = experiment.training
+        self.model, self.tape, self.where = model, tape, where
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = None
 
@@ -422,7 +457,7 @@ class _Step:
             if id(block) not in before:
                 block.kind = "activations"
         tape.phase = "backward"
-        scale = torch.empty((), device=self.device) if self.device.type == "meta" else torch.ones((), device=self.device)
+        scale = torch.empty((), device="meta")
         if self.spec.gradient_accumulation > 1:
             loss = loss / self.spec.gradient_accumulation
         # Not loss.backward(): a function mode is off inside of what it handles, and layers that run again need it.
@@ -433,9 +468,7 @@ class _Step:
         del loss
         for parameter in self.trained:
             if parameter.grad is not None:
-                block = tape.block_of(parameter.grad)
-                if block is not None:
-                    block.kind = "gradients"
+                tape.name(parameter.grad, "gradients")
         tape.phase = "optimizer"
         if self.spec.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trained, self.spec.max_grad_norm)
@@ -458,31 +491,16 @@ def _kinds(model: nn.Module) -> dict[int, str]:
                 part = "adapters and head"
             elif part == "base, buffers":
                 part = "base, norms and biases"
-            for storage in _storages(tensor, module):
-                kinds.setdefault(storage, part)
+            for held in (tensor, *tables_of(tensor, module)):
+                kinds.setdefault(held.untyped_storage()._cdata, part)
     return kinds
-
-
-def _storages(tensor: torch.Tensor, module: nn.Module) -> list[int]:
-    from .tape import _tables
-
-    held = [tensor, *_tables(getattr(tensor, "quant_state", None))]
-    state = getattr(module, "state", None)
-    held += [
-        extra
-        for extra in (getattr(state, "CB", None), getattr(state, "SCB", None), getattr(tensor, "SCB", None))
-        if isinstance(extra, torch.Tensor)
-    ]
-    return [item.untyped_storage()._cdata for item in held]
 
 
 # bitsandbytes, optim/optimizer.py: smaller tensors keep their state in 32 bits, and outside of pages.
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
 
 
-def _optimizer_state(
-    spec: Any, trained: Sequence[torch.Tensor], where: Device
-) -> tuple[list[torch.Tensor], int, Any]:
+def _optimizer_state(spec: Any, trained: Sequence[torch.Tensor], where: Device) -> tuple[list[torch.Tensor], int, Any]:
     """Make an optimizer's state on the meta device.
 
     Returns:
@@ -534,6 +552,250 @@ def _optimizer_state(
     return tensors, outside, None
 
 
+# --- how far a GPU reaches ---------------------------------------------------------------------------------------
+
+
+METHODS = (
+    ("full", "none", True),
+    ("lora", "none", True),
+    ("qlora", "int8", True),
+    ("qlora", "nf4", True),
+)
+"""Method, scheme, double quantization: what `fits` compares."""
+
+LLAMA = ("llama-1.1b", "llama-3b", "llama-7b", "llama-13b", "llama-30b", "llama-65b")
+
+
+def with_method(experiment: Experiment, method: str, scheme: str = "none", nested: bool = True) -> Experiment:
+    """Return an experiment trained another way, all else equal.
+
+    Args:
+        experiment: The experiment; where it trains every weight, adapters as in `LoraSpec()` are added.
+        method: `full`, `lora` or `qlora`.
+        scheme: How the base is stored, for `qlora`.
+        nested: Whether its scales are quantized too.
+    """
+    if method not in ("full", "lora", "qlora"):
+        raise unknown("method", method, ("full", "lora", "qlora"))
+    changes: dict[str, Any] = {"quantization.scheme": scheme if method == "qlora" else "none"}
+    if changes["quantization.scheme"] in ("none", "int8"):
+        changes["quantization.block_size"] = 64
+    changes["quantization.double_quantization"] = nested
+    if method == "full":
+        changes["lora"] = None
+    elif experiment.lora is None:
+        changes["lora"] = dataclasses.asdict(LoraSpec())
+    return experiment.override(changes)
+
+
+def of_model(model: str | Experiment) -> Experiment:
+    """Return an experiment for a model: a preset, a YAML file, or a model's name with the kit's own settings.
+
+    Args:
+        model: An experiment (returned as it is), a preset's name, a `.yaml` file, `shape:NAME`, a folder, or a name
+            on the hub.
+    """
+    if isinstance(model, Experiment):
+        return model
+    if model in presets() or model == "auto" or model.endswith((".yaml", ".yml")):
+        return preset(model)
+    spec = ModelSpec(model, random_weights=model.startswith("shape:"))
+    models.find_base(spec)
+    return Experiment("plan", spec, training=TrainingSpec(batch_size=8, optimizer="paged_adamw_8bit"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Memory of a model of many layers, from plans of two shallow ones: each layer adds the same.
+
+    Args:
+        experiment: What is trained.
+        device: Where.
+        labels: Number of classes.
+    """
+
+    experiment: Experiment
+    device: Device
+    labels: int = 77
+
+    @functools.cached_property
+    def layers(self) -> int:
+        """Layers of the whole model."""
+        return len(_layers_of(_skeleton(self.experiment, _precision(self.experiment, self.device), self.labels)))
+
+    @functools.cache  # as short-lived as the search that it serves
+    def bytes(self, batch: int, length: int) -> int:
+        """Return what the allocator will have reserved, within 2% of the plan."""
+
+        def reserved(layers: int | None) -> int:
+            return plan(
+                self.experiment, batch=batch, length=length, device=self.device, labels=self.labels, layers=layers
+            ).reserved
+
+        if self.layers <= 6:
+            return reserved(None)
+        few, more = reserved(2), reserved(5)
+        return round(few + (self.layers - 2) * (more - few) / 3)
+
+
+def fits(
+    model: str | Experiment,
+    *,
+    device: str | Device = "T4",
+    length: int = 512,
+    checkpointing: Sequence[bool] = (True, False),
+    methods: Sequence[tuple[str, str, bool]] = METHODS,
+    most: int = 4096,
+) -> list[dict[str, Any]]:
+    """Say how far a GPU's memory reaches for a model.
+
+    Args:
+        model: An experiment, or what `of_model` takes.
+        device: A name of `DEVICES`.
+        length: Tokens a row, for the largest batch.
+        checkpointing: With, without, or both.
+        methods: Method, scheme and double quantization of each row.
+        most: Largest batch to try.
+
+    Returns:
+        A row a method: `method`, `scheme`, `double_quantization`, `checkpointing`, `length`, `batch` (the largest at
+        that length; 0 where not even one row fits), `longest` (the largest length at batch 1; 0 where none fits),
+        and `planned_bytes` at one row.
+    """
+    experiment = of_model(model)
+    where = device if isinstance(device, Device) else find_device(device)
+    if not where.bytes:
+        raise KitError("fits is for GPUs: name one of " + ", ".join(name for name in DEVICES if name != "cpu"))
+    rows = []
+    for method, scheme, nested in methods:
+        for recompute in checkpointing:
+            spec = with_method(experiment, method, scheme, nested).override(
+                {"training.gradient_checkpointing": recompute}
+            )
+            estimate = Estimate(spec, where)
+            positions = _positions(_skeleton(spec, _precision(spec, where), 2)) or 8192
+            row_length = min(length, positions)
+            rows.append(
+                {
+                    "method": method,
+                    "scheme": scheme,
+                    "double_quantization": nested,
+                    "checkpointing": recompute,
+                    "length": row_length,
+                    "batch": _largest(lambda n, e=estimate, width=row_length: e.bytes(n, width), where.bytes, most),
+                    "longest": _largest(lambda n, e=estimate: e.bytes(1, n), where.bytes, positions, 64),
+                    "planned_bytes": estimate.bytes(1, row_length),
+                }
+            )
+    return rows
+
+
+def _largest(size: Callable[[int], int], room: int, most: int, grain: int = 1) -> int:
+    """Return the largest multiple of `grain` (and at most `most`) whose size has room, or 0."""
+    low, high = 0, most // grain + 1
+    if size(grain) > room or high < 2:
+        return 0
+    low = 1
+    # Sizes grow nearly evenly: aim at where a straight line says that there is no more room.
+    slope = max(size(2 * grain) - size(grain), 1) if high > 2 else 1
+    aim = 1 + (room - size(grain)) / slope
+    while high - low > 1:
+        value = round(min(max(aim, low + 1), high - 1))
+        left = room - size(value * grain)
+        if left >= 0:
+            low = value
+        else:
+            high = value
+        aim = value + left / slope
+    return low * grain
+
+
+def crossing(
+    *,
+    device: str | Device = "T4",
+    batch: int = 1,
+    length: int = 512,
+    checkpointing: bool = True,
+    shapes: Sequence[str] = LLAMA,
+    methods: Sequence[tuple[str, str, bool]] = METHODS,
+) -> dict[str, Any]:
+    """Find the model size at which each method stops fitting a GPU.
+
+    Args:
+        device: A name of `DEVICES`.
+        batch: Rows a step.
+        length: Tokens a row.
+        checkpointing: Whether layers are recomputed.
+        shapes: Models of one family, the smallest first; see `qlora_kit/shapes`.
+        methods: As for `fits`.
+
+    Returns:
+        `rows`: a model and method each, with `parameters`, `planned_bytes` and `fits`. `limits`: for each method the
+        number of parameters at which its memory reaches the device's (between two models on a straight line; None
+        where even the largest fits). `device_bytes`.
+    """
+    where = device if isinstance(device, Device) else find_device(device)
+    rows: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    for method, scheme, nested in methods:
+        before: tuple[float, float] | None = None
+        limit: float | None = None
+        for name in shapes:
+            spec = with_method(of_model(f"shape:{name}"), method, scheme, nested).override(
+                {"training.gradient_checkpointing": checkpointing}
+            )
+            size = Estimate(spec, where).bytes(batch, length)
+            parameters = models.trainable_parameters(_skeleton(with_method(spec, "full"), "fp32", 2))[1]
+            rows.append(
+                {
+                    "model": name,
+                    "method": method,
+                    "scheme": scheme,
+                    "double_quantization": nested,
+                    "parameters": parameters,
+                    "planned_bytes": size,
+                    "fits": size <= where.bytes,
+                }
+            )
+            if size > where.bytes and limit is None:
+                if before is None:
+                    limit = parameters * where.bytes / size
+                else:
+                    share = (where.bytes - before[1]) / (size - before[1])
+                    limit = before[0] + share * (parameters - before[0])
+            before = (parameters, size)
+        limits.append({"method": method, "scheme": scheme, "double_quantization": nested, "parameters": limit})
+    return {
+        "device": where.name,
+        "device_bytes": where.bytes,
+        "batch": batch,
+        "length": length,
+        "rows": rows,
+        "limits": limits,
+    }
+
+
+def same_shape(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Return the batch and length that all rows of a comparison have.
+
+    Memory at unequal shapes says nothing about methods: activations grow with the shape.
+
+    Args:
+        rows: Each with `batch` and `length`.
+
+    Raises:
+        KitError: When they differ, naming those that do.
+    """
+    found = {(row["batch"], row["length"]) for row in rows}
+    if len(found) != 1:
+        raise KitError(
+            "these rows cannot be compared: they have "
+            + " and ".join(f"batch {batch} x length {length}" for batch, length in sorted(found))
+            + ". Measure all of them at one shape"
+        )
+    return found.pop()
+
+
 # --- what operations allocate inside ----------------------------------------------------------------------------
 
 
@@ -583,3 +845,388 @@ def _inside(where: Device) -> dict[Any, Any]:
         ops.int8_scaled_mm.default: scaled_mm,
         ops.int8_mixed_scaled_mm.default: mixed_scaled_mm,
     }
+
+
+# --- the measurement --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What training steps really took.
+
+    Args:
+        experiment: What was trained.
+        batch: Rows a step.
+        length: Tokens a row, padding included.
+        device: Name of the device.
+        precision: `fp32`, `fp16` or `bf16`.
+        fits: Whether the steps ran; False where the GPU's memory did not suffice, and the sizes are then None.
+        total: Most bytes allocated at once. On CUDA by the allocator's own count (`max_memory_allocated`); on the CPU
+            by torch's memory profiler, which sees what operations take inside as well.
+        reserved: On CUDA `max_memory_reserved`; on the CPU the same as `total`.
+        parts: Bytes by name (`PARTS`) at the moment when most is allocated, counted storage by storage on the real
+            tensors of one step.
+        paged: Bytes of optimizer state in pages outside of torch's allocator.
+        step_seconds: Median of the steps that nothing watched.
+        losses: Loss of every step.
+        parameters: Trained parameters, and all.
+        phase: When the peak of `parts` was.
+        details: Finer than the parts, as in `Plan`.
+    """
+
+    experiment: Experiment
+    batch: int
+    length: int
+    device: str
+    precision: str
+    fits: bool
+    total: int | None
+    reserved: int | None
+    parts: dict[str, int]
+    paged: int
+    step_seconds: float | None
+    losses: list[float]
+    parameters: tuple[int, int]
+    phase: str = ""
+    details: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def counted(self) -> int:
+        """Sum of the parts: what storages of tensors account for."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the measurement as JSON holds it: bytes and seconds."""
+        return {
+            "fits": self.fits,
+            "peak_bytes": self.total,
+            "reserved_bytes": self.reserved,
+            "paged_bytes": self.paged,
+            "parts": dict(self.parts),
+            "counted_bytes": self.counted,
+            "step_seconds": self.step_seconds,
+            "losses": self.losses,
+            "batch": self.batch,
+            "length": self.length,
+            "device": self.device,
+            "precision": self.precision,
+            "phase": self.phase,
+            "parameters": {"trainable": self.parameters[0], "all": self.parameters[1]},
+        }
+
+
+def measure(
+    experiment: Experiment,
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    steps: int = 3,
+    labels: int = 77,
+    padded: bool = True,
+    parts: bool = True,
+    snapshot: str | Path | None = None,
+) -> Measured:
+    """Train for a few steps and say what they took.
+
+    The kit's own Trainer trains on random tokens of the given shape: one step to warm up, `steps` that are timed, and
+    (for `parts`) one or two that are watched. On CUDA, call it in a fresh process: the allocator counts per process.
+
+    Args:
+        experiment: What to train; `model.random_weights` where the weights do not matter.
+        batch: Rows a step; by default the experiment's.
+        length: Tokens a row; by default `data.max_length`.
+        steps: Steps to time.
+        labels: Number of classes.
+        padded: Whether batches have padding, as in `plan`.
+        parts: Whether to watch a step and count its storages.
+        snapshot: File for CUDA's memory history; it opens in PyTorch's memory viewer (pytorch.org/memory_viz).
+
+    Returns:
+        What was measured. Out of memory is a result, not an error: `fits` is False.
+
+    Raises:
+        KitError: For shapes that cannot be, or a snapshot without a GPU.
+    """
+    batch, length = batch or experiment.training.batch_size, length or experiment.data.max_length
+    _check_shape(batch, length)
+    device = models.default_device()
+    cuda = device.type == "cuda"
+    if snapshot is not None and not cuda:
+        raise KitError("a snapshot is CUDA's memory history: there is no GPU here")
+    watched = (2 if not cuda else 1) if parts else 0
+    experiment = experiment.override(
+        {
+            "training.batch_size": batch,
+            "training.gradient_accumulation": 1,
+            "training.padding": "max_length",
+            "training.max_steps": 1 + steps + watched,
+            "training.logging_steps": 1,
+            "training.keep_best": False,
+            "training.early_stopping": None,
+            "data.max_length": length,
+        }
+    )
+    precision = models.resolve_precision(experiment.training.precision, device)
+    name = torch.cuda.get_device_name(device) if cuda else "cpu"
+    common: dict[str, Any] = {
+        "experiment": experiment,
+        "batch": batch,
+        "length": length,
+        "device": name,
+        "precision": precision,
+    }
+    gc.collect()
+    if experiment.training.threads:
+        torch.set_num_threads(experiment.training.threads)
+    try:
+        with models.quiet():
+            model = models.build(experiment, [f"label {i}" for i in range(labels)], device=device, pad_token_id=0)
+        if experiment.training.gradient_checkpointing:
+            training.enable_checkpointing(model, experiment.training.use_reentrant)
+        _check_positions(model, experiment, length)
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            if snapshot is not None:
+                torch.cuda.memory._record_memory_history(max_entries=200_000)
+        watcher = _Watcher(experiment, model, device, precision, steps, watched, labels, padded)
+        watcher.train()
+    except torch.cuda.OutOfMemoryError:
+        return Measured(
+            **common, fits=False, total=None, reserved=None, parts={}, paged=0, step_seconds=None, losses=[],
+            parameters=(0, 0),
+        )  # fmt: skip
+    finally:
+        if snapshot is not None:
+            with contextlib.suppress(Exception):
+                torch.cuda.memory._dump_snapshot(str(snapshot))
+                torch.cuda.memory._record_memory_history(enabled=None)
+    return watcher.result(common)
+
+
+def _rows(model: nn.Module, rows: int, batch: int, length: int, labels: int, padded: bool) -> Any:
+    """Return a data set of random tokens: in each batch one row is full, the others three quarters."""
+    from .data import TokenizedDataset
+
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, inner.config.vocab_size, (rows, length), generator=generator).tolist()
+    short = max(length - max(length // 4, 1), 1)
+    if padded:
+        ids = [row if place % batch == 0 and batch > 1 else row[:short] for place, row in enumerate(ids)]
+    return TokenizedDataset(ids, torch.randint(0, labels, (rows,), generator=generator).tolist())
+
+
+class _Watcher:
+    """Trains, times the steps in between, and counts the storages of the last."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: nn.Module,
+        device: torch.device,
+        precision: str,
+        steps: int,
+        watched: int,
+        labels: int,
+        padded: bool,
+    ) -> None:
+        from .data import collator
+
+        spec = experiment.training
+        self.experiment, self.model, self.device = experiment, model, device
+        self.steps, self.watched = steps, watched
+        self.cuda = device.type == "cuda"
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.tape: Tape | None = None
+        self.peak: Peak | None = None
+        self.total: int | None = None
+        self.reserved: int | None = None
+        self.cublas = 0
+        self._open = contextlib.ExitStack()
+        watcher = self
+
+        class Watched(training.KitTrainer):
+            def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+                if watcher.tape is not None:
+                    for tensor in inputs.values():
+                        watcher.tape.hold(tensor, "batch")
+                return super().training_step(model, inputs, *args, **kwargs)
+
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+                before = watcher.begin("forward")
+                result = super().compute_loss(*args, **kwargs)
+                watcher.end_of_forward(before)
+                return result
+
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory(prefix="qlora_kit-")
+        arguments = training.training_arguments(
+            spec,
+            Path(self.folder.name),
+            device=device,
+            precision=precision,
+            steps=spec.max_steps or 1,
+            tracked=False,
+            progress=False,
+        )
+        arguments.eval_strategy = arguments.save_strategy = "no"
+        rows = _rows(model, spec.batch_size * (spec.max_steps or 1), spec.batch_size, experiment.data.max_length,
+                     labels, padded)  # fmt: skip
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        self.trainer = Watched(
+            spec=spec,
+            lengths=rows.lengths,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator(pad, "max_length", experiment.data.max_length),
+        )
+        self.trainer.add_callback(_steps_of(self))
+
+    def train(self) -> None:
+        """Run all steps."""
+        with models.quiet(), self.folder, self._open:
+            self.trainer.train()
+
+    def begin(self, phase: str) -> set[int]:
+        if self.tape is None:
+            return set()
+        self.tape.phase = phase
+        return {id(block) for block in self.tape.alive()}
+
+    def end_of_forward(self, before: set[int]) -> None:
+        if self.tape is not None:
+            for block in self.tape.alive():
+                if id(block) not in before:
+                    block.kind = block.kind or "activations"
+            self.tape.phase = "backward"
+
+    def step_begins(self, step: int) -> None:
+        last = self.steps + self.watched
+        if self.watched and not self.cuda and step == last - 1:
+            self._profile()
+        elif self.watched and step == last:
+            self._watch()
+        self._started = time.perf_counter()
+
+    def before_optimizer(self) -> None:
+        if self.tape is None:
+            return
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                self.tape.name(parameter.grad, "gradients")
+        self.tape.phase = "optimizer"
+
+    def step_ends(self, step: int) -> None:
+        training._wait()
+        if 1 < step <= 1 + self.steps:
+            self.seconds.append(time.perf_counter() - self._started)
+        if self.cuda and step == 1 + self.steps:
+            self.total = torch.cuda.max_memory_allocated(self.device)
+            self.reserved = torch.cuda.max_memory_reserved(self.device)
+            if self.watched:
+                before = torch.cuda.memory_allocated(self.device)
+                with contextlib.suppress(AttributeError):
+                    torch._C._cuda_clearCublasWorkspaces()
+                self.cublas = before - torch.cuda.memory_allocated(self.device)
+        self._open.close()
+        if self.tape is not None:
+            self.peak = replay(self.tape.events, caching=self.cuda)
+            self.tape = None
+
+    def _held(self) -> list[tuple[torch.Tensor, str]]:
+        kinds = _kinds(self.model)
+        held = [
+            (tensor, kinds.get(tensor.untyped_storage()._cdata, "base, norms and biases"))
+            for tensor in parameters_of(self.model)
+        ]
+        return held + [(tensor, "optimizer") for tensor in self._state() if not getattr(tensor, "is_paged", False)]
+
+    def _state(self) -> list[torch.Tensor]:
+        optimizer: Any = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        found: dict[int, torch.Tensor] = {}
+        for state in optimizer.state.values():
+            for value in state.values():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                # Paged tensors are CPU tensors on memory that CUDA manages.
+                if value.device.type == self.device.type or getattr(value, "is_paged", False):
+                    found.setdefault(value.untyped_storage()._cdata, value)
+        return list(found.values())
+
+    def _watch(self) -> None:
+        self.tape = Tape(self.device.type)
+        for tensor, kind in self._held():
+            self.tape.hold(tensor, kind)
+        # On one thread, so that the tape sees the backward pass.
+        self._open.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self._open.enter_context(self.tape)
+
+    def _profile(self) -> None:
+        held = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor, _ in self._held()}
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+        def read() -> None:
+            now = most = 0
+            for _, change in sorted(_allocations(profiler)):
+                now += change
+                most = max(most, now)
+            self.total = self.reserved = sum(held.values()) + most
+
+        self._open.callback(read)
+        self._open.enter_context(profiler)
+
+    def result(self, common: dict[str, Any]) -> Measured:
+        """Put together what was seen."""
+        parts, details = _sum_up(self.peak) if self.peak is not None else ({}, {})
+        if self.cublas:
+            parts["cuBLAS"] = self.cublas
+        ordered = sorted(self.seconds)
+        paged = sum(tensor.untyped_storage().nbytes() for tensor in self._state() if getattr(tensor, "is_paged", False))
+        losses = [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
+        return Measured(
+            **common,
+            fits=True,
+            total=self.total,
+            reserved=self.reserved,
+            parts={name: parts[name] for name in PARTS if parts.get(name)},
+            paged=paged,
+            step_seconds=ordered[len(ordered) // 2] if ordered else None,
+            losses=losses,
+            parameters=models.trainable_parameters(self.model),
+            phase=self.peak.phase if self.peak is not None else "",
+            details=details,
+        )
+
+
+def _steps_of(watcher: _Watcher) -> Any:
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watcher.step_begins(state.global_step)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watcher.before_optimizer()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watcher.step_ends(state.global_step)
+
+    return Steps()
+
+
+def _allocations(profiler: Any) -> Iterator[tuple[int, int]]:
+    """Yield when the CPU's allocator took (or, negative, gave back) how many bytes."""
+    from torch._C._profiler import _EventType
+
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        kind, extra = event.typed
+        if kind == _EventType.Allocation and extra.device.type == "cpu":
+            yield event.start_time_ns, extra.alloc_size

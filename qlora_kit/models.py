@@ -344,7 +344,8 @@ class CosineHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return logits between -16 and 16, fp32 `[..., out_features]`, of vectors `[..., in_features]`."""
-        with torch.autocast(input.device.type, enabled=False):
+        # A plan's shapes have no autocast.
+        with contextlib.nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False):
             directions = nn.functional.normalize(input.float(), dim=-1)
             return self.SCALE * nn.functional.linear(directions, nn.functional.normalize(self.weight.float(), dim=-1))
 
@@ -631,8 +632,9 @@ def build_classifier(
         make_lean_(model)
     # PEFT asks for these, and takes another, hungrier layer where they are missing; from_pretrained sets them on the
     # model that it makes, not on what is built around it.
-    model.is_loaded_in_8bit = experiment.quantization.scheme == "int8"
-    model.is_loaded_in_4bit = experiment.quantization.scheme in ("nf4", "fp4")
+    flags = {"is_loaded_in_8bit": ("int8",), "is_loaded_in_4bit": ("nf4", "fp4")}
+    for flag, schemes in flags.items():
+        setattr(model, flag, experiment.quantization.scheme in schemes)
     for name in head_modules(model):
         getattr(model, name).float()
     return keep_weights_as_stored_(model).eval()
@@ -781,7 +783,8 @@ class Embedding4bit(bnb.nn.Embedding4bit):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         nn.Embedding._save_to_state_dict(self, destination, prefix, keep_vars)
-        for key, value in self.weight.quant_state.as_dict(packed=True).items():
+        weight: Any = self.weight
+        for key, value in weight.quant_state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 
 
@@ -836,7 +839,7 @@ def make_lean_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: nn.Module) -> nn.Parameter:
+def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: Any) -> nn.Parameter:
     """Return a weight that is quantized once its module is moved; of a weight on the meta device, the shapes."""
     if not weight.is_meta:
         return bnb.nn.Params4bit(
@@ -873,7 +876,7 @@ def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: nn.Module
         ("quant_type", scheme),
     ):
         setattr(packed, name, value)
-    module.quant_state = state  # type: ignore[assignment]
+    module.quant_state = state
     return packed
 
 

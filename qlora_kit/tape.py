@@ -74,6 +74,12 @@ class Tape(TorchDispatchMode):
         if block is not None:
             block.kind = block.kind or kind
 
+    def name(self, tensor: torch.Tensor, kind: str) -> None:
+        """Say what a tensor that was seen is for."""
+        block = self.block_of(tensor)
+        if block is not None:
+            block.kind = kind
+
     def block_of(self, tensor: torch.Tensor) -> Block | None:
         """Return the block of a tensor's storage, or None where it was not seen."""
         found = self._alive.get(tensor.untyped_storage()._cdata)
@@ -129,14 +135,6 @@ class Tape(TorchDispatchMode):
                             self._see(inner, func._schema.name)
         return out
 
-    def temporary(self, size: int, made_by: str) -> None:
-        """Note memory that an operation takes inside and gives back before it ends."""
-        if size > 0:
-            block = Block(size, made_by, self.phase, False, len(self.events))
-            self.events.append((block, True))
-            block.died = len(self.events)
-            self.events.append((block, False))
-
 
 # --- the meta device made to act like the one that is planned for ------------------------------------------------
 
@@ -166,9 +164,7 @@ class Stage(TorchFunctionMode):
         padded: Whether the batches have padding.
     """
 
-    def __init__(
-        self, device: str, capability: tuple[int, int], dtype: torch.dtype | None, padded: bool
-    ) -> None:
+    def __init__(self, device: str, capability: tuple[int, int], dtype: torch.dtype | None, padded: bool) -> None:
         super().__init__()
         self.device, self.capability, self.padded = device, capability, padded
         self.dtype = dtype
@@ -243,9 +239,7 @@ class Stage(TorchFunctionMode):
                         bias = torch.where(bias, 0.0, float("-inf")).to(query.dtype)
                     bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
                 if enable_gqa:
-                    key, value = (
-                        t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value)
-                    )
+                    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
                 out: torch.Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
                 )[0]
@@ -253,9 +247,7 @@ class Stage(TorchFunctionMode):
             return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         sixteen = query.dtype in (torch.float16, torch.bfloat16)
         if attn_mask is None and sixteen and self.capability >= (8, 0):
-            if self.capability[0] == 9:
-                pass
-            return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
+            return aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
             )[0]
         bias = None
@@ -266,7 +258,7 @@ class Stage(TorchFunctionMode):
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         if key.shape[1] != query.shape[1]:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
-        return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+        return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
         )[0]
 
@@ -288,7 +280,7 @@ def _plain_attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    return aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+    return aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]
 
@@ -447,26 +439,19 @@ def parameters_of(model: nn.Module) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            found.setdefault(tensor.untyped_storage()._cdata, tensor)
-            state = getattr(tensor, "quant_state", None)
-            for extra in _tables(state):
-                found.setdefault(extra.untyped_storage()._cdata, extra)
-        state = getattr(module, "state", None)
-        for extra in (getattr(state, "CB", None), getattr(state, "SCB", None), getattr(tensor_of(module), "SCB", None)):
-            if isinstance(extra, torch.Tensor):
-                found.setdefault(extra.untyped_storage()._cdata, extra)
+            for held in (tensor, *tables_of(tensor, module)):
+                found.setdefault(held.untyped_storage()._cdata, held)
     return list(found.values())
 
 
-def tensor_of(module: nn.Module) -> Any:
-    """Return a module's weight, or None."""
-    return getattr(module, "weight", None)
-
-
-def _tables(state: Any) -> list[torch.Tensor]:
-    if state is None:
-        return []
-    tensors = [state.absmax, state.code, state.offset]
-    if state.nested:
-        tensors += [state.state2.absmax, state.state2.code]
+def tables_of(weight: torch.Tensor, module: nn.Module) -> list[torch.Tensor]:
+    """Return what a quantized weight keeps beside itself: scales and code tables."""
+    tensors: list[Any] = [getattr(weight, "SCB", None)]
+    eight: Any = getattr(module, "state", None)
+    tensors += [getattr(eight, "CB", None), getattr(eight, "SCB", None)]
+    four: Any = getattr(weight, "quant_state", None)
+    if four is not None:
+        tensors += [four.absmax, four.code, four.offset]
+        if four.nested:
+            tensors += [four.state2.absmax, four.state2.code]
     return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
