@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from qlora_kit import notebooks, page, schemas
 from qlora_kit.errors import KitError
+from qlora_kit.experiment import resolve_preset
 from qlora_kit.records import locked
 
 PRESET = "minilm_banking77_smoke"
@@ -246,6 +247,15 @@ def test_the_kernel_is_this_python_with_this_environment(tmp_path: Path, monkeyp
     notebook(tmp_path / "books", "01_where", "", source)
     run(tmp_path / "books", tmp_path / "out")
     assert seen(tmp_path / "out", "01_where") == [sys.executable, "1", str(notebooks.PACKAGE / "__init__.py")]
+
+
+def test_auto_is_said_in_the_first_line_and_handed_on_by_name(tmp_path: Path):
+    name, why = resolve_preset("auto")
+    notebook(tmp_path / "books", "01_which", "", "seen = [preset]")
+    said = run(tmp_path / "books", tmp_path / "out", preset="auto").splitlines()
+    assert said[0] == f"PRESET=auto: {name} ({why})"
+    assert seen(tmp_path / "out", "01_which") == [name]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["why"] == why
 
 
 def test_what_a_cell_prints_is_shown_while_it_runs(tmp_path: Path):
