@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import KitError, unknown
 
-COMMANDS = ("presets", "finetune", "evaluate", "predict", "run-notebooks", "check")
+COMMANDS = ("presets", "plan", "finetune", "evaluate", "predict", "run-notebooks", "check")
 
 EXAMPLES = """\
 examples, from nothing to a prediction:
@@ -46,6 +46,17 @@ examples:
   python -m qlora_kit finetune minilm_banking77_qlora --name tickets --data train.csv --test test.csv
 
 `presets NAME` prints every field that --set takes. The same command again goes on with a run that was cut off.
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  python -m qlora_kit plan minilm_banking77_qlora
+  python -m qlora_kit plan dialogpt-medium_banking77_qlora --batch 8 --length 128 --device T4
+  python -m qlora_kit plan shape:llama-7b --device T4 --length 512 --set training.gradient_checkpointing=true
+  python -m qlora_kit plan shape:llama-7b --device T4 --length 512 --fits
+
+Nothing is downloaded but a model's configuration, and no GPU is needed. Shapes without weights: shape:dialogpt-medium,
+smollm2-135m, llama-1.1b, llama-3b, llama-7b, llama-13b, llama-30b, llama-65b.
 """
 
 PREDICT_EXAMPLES = """\
@@ -148,6 +159,17 @@ def _parser() -> _Parser:
     presets = command("presets", "list the presets, or print one as YAML with all its fields", _presets)
     presets.add_argument("name", nargs="?", help="a preset, auto, or an experiment's YAML file")
 
+    plan = command("plan", "say what a training step will take, and how far a GPU reaches", _plan, PLAN_EXAMPLES)
+    plan.add_argument("model", help="a preset, an experiment's YAML file, a model's folder or hub name, or shape:NAME")
+    plan.add_argument("--batch", type=int, help="rows a step (the experiment's)")
+    plan.add_argument("--length", type=int, help="tokens a row (the experiment's longest)")
+    plan.add_argument("--device", help="T4, L4, 3090, 4090, A100-40, A100-80, H100 or cpu (this machine's)")
+    plan.add_argument("--fits", action="store_true", help="the largest batch and length for each method instead")
+    plan.add_argument("--json", action="store_true", help="as JSON, in bytes")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, as quantization.scheme=int8"
+    )
+
     finetune = command("finetune", "train an experiment into a run folder", _finetune, FINETUNE_EXAMPLES)
     finetune.add_argument("experiment", help="a preset, auto, or an experiment's YAML file")
     finetune.add_argument("--out", default="runs", help="folder of the run folders (runs)")
@@ -205,22 +227,12 @@ def _presets(options: argparse.Namespace) -> int:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    import yaml
-
     from . import experiment
 
     name, why = experiment.resolve_preset(options.experiment)
     if options.experiment == "auto":
         print(f"auto: {name} ({why})")
-    changes: dict[str, Any] = {}
-    for piece in options.set:
-        field, equals, value = piece.partition("=")
-        if not equals:
-            raise KitError(f"--set {piece!r} has no value: write --set training.epochs=2")
-        try:
-            changes[field] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise KitError(f"--set {piece!r}: the value is no YAML: {error}") from error
+    changes = _changes(options.set)
     for option in ("text", "label"):
         if getattr(options, option) is not None:
             changes[f"data.{option}"] = getattr(options, option)
@@ -235,6 +247,45 @@ def _finetune(options: argparse.Namespace) -> int:
 
     run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet)
     print(run.path)
+    return 0
+
+
+def _changes(pieces: Sequence[str]) -> dict[str, Any]:
+    import yaml
+
+    changes: dict[str, Any] = {}
+    for piece in pieces:
+        field, equals, value = piece.partition("=")
+        if not equals:
+            raise KitError(f"--set {piece!r} has no value: write --set training.epochs=2")
+        try:
+            changes[field] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise KitError(f"--set {piece!r}: the value is no YAML: {error}") from error
+    return changes
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from . import memory
+
+    spec = memory.of_model(options.model).override(_changes(options.set))
+    if options.fits:
+        batchless = options.length or spec.data.max_length
+        rows = memory.fits(spec, device=options.device or memory.find_device(), length=batchless)
+        if options.json:
+            print(json.dumps(rows))
+            return 0
+        print(f"{spec.model.name} on {options.device or memory.find_device().name}, length {rows[0]['length']}")
+        for row in rows:
+            method = {"full": "full fine-tuning", "lora": "LoRA, 16 bits"}.get(row["method"], f"QLoRA, {row['scheme']}")
+            how = "checkpointing" if row["checkpointing"] else ""
+            room = (
+                f"batch up to {row['batch']}, or one row of {row['longest']} tokens" if row["batch"] else "does not fit"
+            )
+            print(f"  {method:18} {how:14} {row['planned_bytes'] / 2**20:>10,.0f} MiB at batch 1   {room}")
+        return 0
+    plan = memory.plan(spec, batch=options.batch, length=options.length, device=options.device)
+    print(json.dumps(plan.to_dict()) if options.json else plan)
     return 0
 
 

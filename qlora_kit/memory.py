@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import importlib
 import logging
@@ -213,7 +212,7 @@ class Plan:
         """Draw the parts as one stacked bar."""
         from . import plots
 
-        return plots.memory_parts([{"label": "planned", "parts": self.parts}], PARTS)
+        return plots.memory_parts([{"label": "planned", "parts": self.parts}], self.device.bytes or None)
 
 
 def plan(
@@ -224,7 +223,6 @@ def plan(
     device: str | Device | None = None,
     labels: int = 77,
     padded: bool = True,
-    layers: int | None = None,
 ) -> Plan:
     """Say what a training step will take, without weights and without a GPU.
 
@@ -239,7 +237,6 @@ def plan(
         device: A name of `DEVICES`, or None for this machine's.
         labels: Number of classes.
         padded: Whether batches have padding; without it attention needs no mask.
-        layers: Plan for a model of the same shape with this many layers instead of its own.
 
     Returns:
         The plan.
@@ -250,12 +247,18 @@ def plan(
     where = device if isinstance(device, Device) else find_device(device)
     batch, length = batch or experiment.training.batch_size, length or experiment.data.max_length
     _check_shape(batch, length)
+    model = _skeleton(experiment, _precision(experiment, where), labels)
+    return _run(experiment, model, batch, length, where, padded)
+
+
+def _run(experiment: Experiment, model: nn.Module, batch: int, length: int, where: Device, padded: bool = True) -> Plan:
+    """Run one step of a skeleton, and count."""
     precision = _precision(experiment, where)
-    model = _skeleton(experiment, precision, labels)
-    _check_positions(model, experiment, length)
-    stage = Stage(
-        where.kind, where.capability, models.COMPUTE_DTYPES[precision] if precision != "fp32" else None, padded
-    )
+    most = _positions(model)
+    if most and length > most:
+        raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
+    dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
+    stage = Stage(where.kind, where.capability, dtype, padded)
     tape = Tape("meta", _inside(where))
     tape.on_operation = stage.forget_casts
     step = _Step(experiment, model, tape, where)
@@ -320,12 +323,6 @@ def _check_shape(batch: int, length: int) -> None:
             raise KitError(f"{name} is {value!r}: allowed is a whole number above 0")
 
 
-def _check_positions(model: nn.Module, experiment: Experiment, length: int) -> None:
-    most = _positions(model)
-    if most and length > most:
-        raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
-
-
 def _positions(model: nn.Module) -> int | None:
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     return getattr(getattr(inner, "config", None), "max_position_embeddings", None)
@@ -342,8 +339,8 @@ def _precision(experiment: Experiment, where: Device) -> str:
     return wanted
 
 
-def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
-    """Build the experiment's model on the meta device: every shape and dtype, no weight."""
+def _skeleton(experiment: Experiment, precision: str, labels: int, layers: int | None = None) -> nn.Module:
+    """Build the experiment's model on the meta device: every shape and dtype, no weight; or `layers` layers of it."""
     changed = experiment.override({"training.precision": precision, "model.random_weights": True})
     names = [f"label {place}" for place in range(labels)]
     rng = torch.get_rng_state()
@@ -354,6 +351,8 @@ def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
     model = model.to("meta")
     if experiment.training.gradient_checkpointing:
         training.enable_checkpointing(model, experiment.training.use_reentrant)
+    if layers is not None:
+        _keep_layers(model, layers)
     return model
 
 
@@ -604,7 +603,6 @@ def of_model(model: str | Experiment) -> Experiment:
     return Experiment("plan", spec, training=TrainingSpec(batch_size=8, optimizer="paged_adamw_8bit"))
 
 
-@dataclasses.dataclass(frozen=True)
 class Estimate:
     """Memory of a model of many layers, from plans of two shallow ones: each layer adds the same.
 
@@ -614,28 +612,28 @@ class Estimate:
         labels: Number of classes.
     """
 
-    experiment: Experiment
-    device: Device
-    labels: int = 77
+    def __init__(self, experiment: Experiment, device: Device, labels: int = 77) -> None:
+        self.experiment, self.device = experiment, device
+        precision = _precision(experiment, device)
+        whole = _skeleton(experiment, precision, labels)
+        self.layers = len(_layers_of(whole))
+        self.positions = _positions(whole)
+        self.parameters = models.trainable_parameters(whole)
+        self._models = {self.layers: whole}
+        if self.layers > 6:
+            self._models = {count: _skeleton(experiment, precision, labels, count) for count in (2, 5)}
+        self._known: dict[tuple[int, int], int] = {}
 
-    @functools.cached_property
-    def layers(self) -> int:
-        """Layers of the whole model."""
-        return len(_layers_of(_skeleton(self.experiment, _precision(self.experiment, self.device), self.labels)))
-
-    @functools.cache  # as short-lived as the search that it serves
     def bytes(self, batch: int, length: int) -> int:
-        """Return what the allocator will have reserved, within 2% of the plan."""
-
-        def reserved(layers: int | None) -> int:
-            return plan(
-                self.experiment, batch=batch, length=length, device=self.device, labels=self.labels, layers=layers
-            ).reserved
-
-        if self.layers <= 6:
-            return reserved(None)
-        few, more = reserved(2), reserved(5)
-        return round(few + (self.layers - 2) * (more - few) / 3)
+        """Return what the allocator will have reserved, within about 2% of the plan."""
+        key = (batch, length)
+        if key not in self._known:
+            sizes = [
+                _run(self.experiment, model, batch, length, self.device).reserved for model in self._models.values()
+            ]
+            first = sizes[0]
+            self._known[key] = first if len(sizes) == 1 else round(first + (self.layers - 2) * (sizes[1] - first) / 3)
+        return self._known[key]
 
 
 def fits(
@@ -673,7 +671,7 @@ def fits(
                 {"training.gradient_checkpointing": recompute}
             )
             estimate = Estimate(spec, where)
-            positions = _positions(_skeleton(spec, _precision(spec, where), 2)) or 8192
+            positions = estimate.positions or 8192
             row_length = min(length, positions)
             rows.append(
                 {
@@ -744,8 +742,9 @@ def crossing(
             spec = with_method(of_model(f"shape:{name}"), method, scheme, nested).override(
                 {"training.gradient_checkpointing": checkpointing}
             )
-            size = Estimate(spec, where).bytes(batch, length)
-            parameters = models.trainable_parameters(_skeleton(with_method(spec, "full"), "fp32", 2))[1]
+            estimate = Estimate(spec, where)
+            size = estimate.bytes(batch, length)
+            parameters = estimate.parameters[1] - (estimate.parameters[0] if spec.lora else 0)
             rows.append(
                 {
                     "model": name,
@@ -983,7 +982,9 @@ def measure(
             model = models.build(experiment, [f"label {i}" for i in range(labels)], device=device, pad_token_id=0)
         if experiment.training.gradient_checkpointing:
             training.enable_checkpointing(model, experiment.training.use_reentrant)
-        _check_positions(model, experiment, length)
+        most = _positions(model)
+        if most and length > most:
+            raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
         if cuda:
             gc.collect()
             torch.cuda.empty_cache()

@@ -1123,6 +1123,167 @@ def anatomy(parts: Sequence[Part]) -> KitFigure:
 # ---- small things ----
 
 
+# ---- memory ----
+
+PART_COLOURS = {
+    "base, linear layers": BLUE,
+    "base, embeddings": SKY,
+    "base, norms and biases": "#B9DDF2",
+    "head as it was": PALE,
+    "adapters and head": GREEN,
+    "gradients": YELLOW,
+    "optimizer": ORANGE,
+    "batch": BLACK,
+    "activations": RED,
+    "workspace": PINK,
+    "cuBLAS": GREY,
+}
+
+
+def _bytes_unit(most: float) -> tuple[float, str]:
+    return (2**30, "GiB") if most >= 4 * 2**30 else (2**20, "MiB")
+
+
+@styled
+def memory_parts(rows: Sequence[Mapping[str, Any]], limit: float | None = None, title: str = "") -> KitFigure:
+    """Draw where memory goes: a stacked bar a row, and what was measured beside what was planned.
+
+    Args:
+        rows: Each with `label`, `parts` (bytes by name, planned) and, where it was measured, `measured` (bytes).
+        limit: Bytes that a device has, drawn as a line where it is near.
+        title: Of the figure.
+
+    Returns:
+        The bars, the first row at the top.
+    """
+    totals = [sum(row["parts"].values()) for row in rows]
+    most = max(*totals, *(row.get("measured") or 0 for row in rows), 1)
+    unit, name = _bytes_unit(most)
+    figure, axes = new(height=2.3 + 0.5 * len(rows))
+    named: set[str] = set()
+    for place, (row, total) in enumerate(zip(rows, totals, strict=True)):
+        left = 0.0
+        for part, colour in PART_COLOURS.items():
+            size = row["parts"].get(part, 0) / unit
+            if not size:
+                continue
+            shown = row["parts"][part] >= 0.01 * most
+            label = part if shown and part not in named else None
+            axes.barh(place, size, left=left, height=0.62, color=colour, label=label)
+            if label:
+                named.add(part)
+            left += size
+        measured = row.get("measured")
+        text = f"{total / unit:,.1f}"
+        if measured:
+            label = None if "measured" in named else "measured"
+            named.add("measured")
+            axes.plot([measured / unit] * 2, [place - 0.4, place + 0.4], color=BLACK, linewidth=2.4, label=label)
+            text = f"{measured / unit:,.1f} ({total / measured - 1:+.1%})"
+        axes.annotate(text, (max(total, measured or 0) / unit, place), (7, 0), textcoords="offset points", va="center")
+    if limit is not None and limit < 1.6 * most:
+        axes.axvline(limit / unit, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.4)
+    axes.set_yticks(range(len(rows)), [_cut(str(row["label"]), 30) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, most / unit * 1.38)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(name)
+    axes.set_title(title)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def memory_against_time(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
+    """Draw memory against the time of a step, and which methods nothing beats in both.
+
+    Args:
+        rows: Each with `label`, `measured` (bytes) and `step_seconds`; those without are left out.
+
+    Returns:
+        A point a row; the line joins those that no other row beats in memory and time at once.
+    """
+    shown = sorted(
+        (row for row in rows if row.get("measured") and row.get("step_seconds")), key=lambda row: row["step_seconds"]
+    )
+    figure, axes = new(height=1.6 + 4.2 + 0.22 * len(shown))
+    if not shown:
+        return figure
+    unit, name = _bytes_unit(max(row["measured"] for row in shown))
+    best, least = [], float("inf")
+    for row in shown:
+        if row["measured"] < least:
+            least = row["measured"]
+            best.append(row)
+    axes.plot(
+        [row["step_seconds"] for row in best], [row["measured"] / unit for row in best], color=GREY, linestyle="--",
+        linewidth=1.4, label="nothing is better in both",
+    )  # fmt: skip
+    for number, row in enumerate(shown, start=1):
+        colour = GREEN if row in best else BLUE
+        axes.plot(row["step_seconds"], row["measured"] / unit, "o", color=colour, markersize=13, alpha=0.9)
+        axes.annotate(
+            str(number), (row["step_seconds"], row["measured"] / unit), ha="center", va="center", color="white",
+            fontsize=9, fontweight="bold",
+        )  # fmt: skip
+        axes.plot([], [], "o", color=colour, label=f"{number}  {_cut(str(row['label']), 44)}")
+    axes.set_xlabel("seconds a step")
+    axes.set_ylabel(name)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+    return figure
+
+
+@styled
+def memory_crossing(found: Mapping[str, Any]) -> KitFigure:
+    """Draw memory against the size of the model, and where each method stops fitting a GPU.
+
+    Args:
+        found: What `memory.crossing` returned.
+
+    Returns:
+        A line a method; the dashed line is what the GPU has.
+    """
+    figure, axes = new(height=4.8)
+    names = {"full": "full fine-tuning", "lora": "LoRA, base in 16 bits"}
+    colours = {"none": ORANGE, "int8": GREEN, "nf4": BLUE, "fp4": SKY, "int4": PINK}
+    for limit in found["limits"]:
+        rows = [
+            row
+            for row in found["rows"]
+            if all(row[key] == limit[key] for key in ("method", "scheme", "double_quantization"))
+        ]
+        label = names.get(limit["method"], f"QLoRA, base in {limit['scheme']}")
+        colour = RED if limit["method"] == "full" else colours[limit["scheme"]]
+        size = limit["parameters"]
+        reach = f": up to {size / 1e9:.1f} billion" if size else ""
+        axes.plot(
+            [row["parameters"] / 1e9 for row in rows],
+            [row["planned_bytes"] / 2**30 for row in rows],
+            "o-",
+            color=colour,
+            label=label + reach,
+        )
+        if size:
+            axes.plot(
+                size / 1e9, found["device_bytes"] / 2**30, "D", color=colour, markersize=9, markeredgecolor="white"
+            )
+    axes.axhline(found["device_bytes"] / 2**30, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    sizes = sorted({row["parameters"] / 1e9 for row in found["rows"]})
+    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_yticks([2, 4, 8, 16, 32, 64, 128, 256, 512], ["2", "4", "8", "16", "32", "64", "128", "256", "512"])
+    axes.set_ylim(min(row["planned_bytes"] for row in found["rows"]) / 2**30 * 0.7)
+    axes.set_xlabel("billion parameters")
+    axes.set_ylabel("GiB")
+    axes.set_title(f"Batch {found['batch']}, length {found['length']}; dashed: a {found['device']}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
+    return figure
+
+
 def _vertical(axes: Axes, x: float, colour: str, text: str, height: float, left: bool = False) -> None:
     axes.axvline(x, color=colour, linewidth=1.6)
     axes.annotate(
