@@ -247,7 +247,12 @@ def _section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str
         parts.append(f'<p class="soft">with {_text(shown)}</p>')
     if entry.get("error"):
         parts.append(f'<pre class="error">{_text(entry["error"])}</pre>')
-    parts.append(_metrics(record.get("metrics")))
+    found = record.get("metrics")
+    metrics: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    parts.append(_metrics(metrics))
+    # What other notebooks measure has no table of its own.
+    scored = {key for key, value in metrics.items() if any(True for _ in _metric_rows({key: value}))}
+    parts += [_value(key, value) for key, value in metrics.items() if key not in scored]
     facts: dict[str, Any] = {}
     for key in ("timing", "memory", "parameters"):
         if isinstance(record.get(key), dict):
@@ -297,8 +302,8 @@ def _metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str,
             yield from _metric_rows(values)
 
 
-def _metrics(metrics: Any) -> str:
-    rows = list(_metric_rows(metrics)) if isinstance(metrics, dict) else []
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    rows = list(_metric_rows(metrics))
     if not rows:
         return ""
     columns = [key for key in _COLUMNS if any(key in values for _, values in rows)]
@@ -345,6 +350,8 @@ def _scalar(key: str, value: Any) -> str:
             return spoken(value) if value >= 10 else f"{value:.3g} s"
         if isinstance(value, int):
             return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        if abs(value) < 0.01:
+            return f"{value:.3g}"
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return _text(value)
 
@@ -353,9 +360,10 @@ def _value(key: str, value: Any) -> str:
     """Return a section of a record: a mapping as facts, a list of rows as a table, the rest folded away."""
     if isinstance(value, dict) and value:
         flat = {name: item for name, item in value.items() if not isinstance(item, (dict, list))}
-        deep = {name: item for name, item in value.items() if isinstance(item, (dict, list))}
-        inner = _facts(flat) + "".join(_value(name, item) for name, item in deep.items())
-        return f"<h3>{_text(_words(key))}</h3>{inner}" if flat else inner
+        numbers = {name: item for name, item in value.items() if _is_numbers(item)}
+        deep = {name: item for name, item in value.items() if name not in flat and name not in numbers}
+        inner = _facts(flat) + _columns(numbers) + "".join(_value(name, item) for name, item in deep.items())
+        return f"<h3>{_text(_words(key))}</h3>{inner}" if flat or numbers else inner
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         return f"<h3>{_text(_words(key))}</h3>{_table(value)}"
     if value in (None, {}, [], ""):
@@ -363,6 +371,17 @@ def _value(key: str, value: Any) -> str:
     if isinstance(value, list):
         return f"<details><summary>{_text(_words(key))}</summary><pre>{_json(value)}</pre></details>"
     return f"<h3>{_text(_words(key))}</h3><p>{_scalar(key, value)}</p>"
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and "value" not in value and all(map(_is_metric, value.values()))
+
+
+def _columns(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return mappings of names to numbers as one table: a column each, a row a name."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [{"": name, **{key: column.get(name) for key, column in columns.items()}} for name in names]
+    return _table(rows) if rows else ""
 
 
 def _facts(values: Mapping[str, Any]) -> str:
@@ -373,7 +392,7 @@ def _facts(values: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {key for key in columns if all(_is_metric(row.get(key, 0)) for row in rows)}
+    numeric = {key for key in columns if all(row.get(key) is None or _is_metric(row[key]) for row in rows)}
     mark = {key: ' class="n"' if key in numeric else "" for key in columns}
     head = "".join(f"<th{mark[key]}>{_text(_words(key))}</th>" for key in columns)
     body = "".join(
