@@ -4,9 +4,9 @@
 
 Same shape, batch, adapters, dtypes and seeds; steps of the contenders interleaved, so that what the machine does
 besides falls on all alike; medians over the repeats. Weights are random, which speed and memory do not depend on.
-`step_seconds` is a forward and backward pass and an AdamW step on one batch. On CUDA `device_seconds` is what its kernels
-take, without the gaps between them (from the profiler), and `peak_bytes` the most bytes allocated at once, each
-contender measured in a process of its own.
+`step_seconds` is a forward and backward pass and an AdamW step on one batch. On CUDA `device_seconds` is what its
+kernels take, without the gaps between them (from the profiler), and `peak_bytes` the most bytes allocated at once,
+each contender measured in a process of its own.
 """
 
 from __future__ import annotations
