@@ -185,6 +185,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             {
                 "of": first,
                 "over": second,
+                "device": rows[0]["device"],
                 **{
                     metric: evaluation.paired_difference(sides[first], sides[second], labels, metric)
                     for metric in ("f1_macro", "accuracy")
