@@ -439,21 +439,22 @@ def accuracy(contenders: Mapping[str, Sequence[float]], baselines: Mapping[str, 
     Returns:
         One panel. The axis doesn't begin at 0: length means nothing here, position does.
     """
-    figure, axes = new(height=1.7 + 0.62 * len(contenders))
+    figure, axes = new(height=1.7 + 0.62 * len(contenders) + 0.2 * len(baselines))
     for place, (_, scores) in enumerate(contenders.items()):
         _seeds(axes, place, scores, BLUE if place == 0 else GREY)
     everything = [*baselines.values(), *(score for scores in contenders.values() for score in scores)]
     room = max(max(everything) - min(everything), 1e-3)
-    for name, score in baselines.items():
-        # A label stays on the side of its line where there is room for it.
+    bottom = len(contenders) - 0.45
+    for place, (name, score) in enumerate(sorted(baselines.items(), key=lambda item: item[1])):
+        # A line each, and a label on the side of it where there is room.
         right = score < min(everything) + 0.5 * room
         axes.axvline(score, color=ORANGE, linestyle="--", linewidth=1.5)
         axes.annotate(
-            f"{_cut(name, 30)}  {score:.4f}", (score, len(contenders) - 0.45), (5 if right else -5, 0),
-            textcoords="offset points", ha="left" if right else "right", va="bottom", fontsize=11, color=ORANGE,
+            f"{_cut(name, 30)}  {score:.4f}", (score, bottom + 0.4 * place), (5 if right else -5, 0),
+            textcoords="offset points", ha="left" if right else "right", va="center", fontsize=11, color=ORANGE,
         )  # fmt: skip
     axes.set_xlim(min(everything) - 0.05 * room, max(everything) + 0.1 * room)
-    axes.set_ylim(len(contenders) - 0.3, -0.8)
+    axes.set_ylim(bottom + 0.4 * len(baselines), -0.8)
     axes.set_yticks(range(len(contenders)), [_cut(name, 30) for name in contenders])
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
