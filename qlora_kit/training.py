@@ -597,7 +597,7 @@ def _summary(
         "precision": "fp16" if trainer.args.fp16 else "bf16" if trainer.args.bf16 else "fp32",
         "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
         "random_weights": experiment.model.random_weights,
-        "memory": peak_memory(),
+        "memory": {"planned_bytes": _planned(trainer, experiment, len(data.label_names)), **peak_memory()},
         "timing": {
             "train_seconds": train_seconds,
             "step_seconds": seconds / max(trainer.state.global_step, 1),
@@ -607,6 +607,20 @@ def _summary(
             "resumed_from_step": checkpoints.step_of(resumed) if resumed else None,
         },
     }
+
+
+def _planned(trainer: KitTrainer, experiment: Experiment, labels: int) -> int | None:
+    """Return what the plan says of the longest batch."""
+    from . import memory
+
+    rows: Any = trainer.train_dataset
+    longest = experiment.data.max_length if experiment.training.padding == "max_length" else max(rows.lengths)
+    try:
+        return memory.plan(experiment, length=longest, labels=labels).total
+    except Exception as error:
+        # A finished run is worth more than its plan.
+        logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _rate(measured: Mapping[float, Mapping[str, float]], what: str) -> float | None:
