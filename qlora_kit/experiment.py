@@ -46,6 +46,7 @@ class ModelSpec:
         head: `linear` is one linear layer; `cosine` compares directions alone: 16 times the cosine of the vector
             and each class's weight (NormFace, arXiv 1704.06369, section 3.3).
         dropout: The base's own dropout probability while training; None keeps what its config says.
+        layers: Keep the base's first so many layers alone; None for all.
         lean: Let norms hand on the precision that they are given and GPT-2's GELU keep nothing but its input: the
             same mathematics with half of the activations, or less.
         random_weights: Build the base from its config with seeded random weights. It measures memory and
@@ -57,6 +58,7 @@ class ModelSpec:
     pooling: Literal["auto", "mean", "sequence_classification"] = "auto"
     head: Literal["linear", "cosine"] = "linear"
     dropout: float | None = None
+    layers: int | None = None
     lean: bool = False
     random_weights: bool = False
 
@@ -64,6 +66,7 @@ class ModelSpec:
         if not self.name.strip():
             raise KitError("model.name is empty: give a hub name, a folder, or embedded:minilm")
         _between("model.dropout", self.dropout, 0.0, 0.95)
+        _at_least("model.layers", self.layers, 1)
 
 
 @dataclasses.dataclass(frozen=True)

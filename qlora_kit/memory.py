@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import logging
@@ -339,8 +340,8 @@ def _precision(experiment: Experiment, where: Device) -> str:
     return wanted
 
 
-def _skeleton(experiment: Experiment, precision: str, labels: int, layers: int | None = None) -> nn.Module:
-    """Build the experiment's model on the meta device: every shape and dtype, no weight; or `layers` layers of it."""
+def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
+    """Build the experiment's model on the meta device: every shape and dtype, no weight."""
     changed = experiment.override({"training.precision": precision, "model.random_weights": True})
     names = [f"label {place}" for place in range(labels)]
     rng = torch.get_rng_state()
@@ -351,30 +352,7 @@ def _skeleton(experiment: Experiment, precision: str, labels: int, layers: int |
     model = model.to("meta")
     if experiment.training.gradient_checkpointing:
         training.enable_checkpointing(model, experiment.training.use_reentrant)
-    if layers is not None:
-        _keep_layers(model, layers)
     return model
-
-
-def _layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the list of a transformer's layers: the longest list of modules of one kind."""
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
-    ]
-    if not lists:
-        raise KitError(f"{type(model).__name__} has no list of layers")
-    return max(lists, key=len)
-
-
-def _keep_layers(model: nn.Module, count: int) -> None:
-    layers = _layers_of(model)
-    del layers[count:]
-    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    for name in ("num_hidden_layers", "n_layer"):
-        if hasattr(inner.config, name):
-            setattr(inner.config, name, count)
 
 
 @contextlib.contextmanager
@@ -536,8 +514,8 @@ def _optimizer_state(spec: Any, trained: Sequence[torch.Tensor], where: Device) 
         return tensors, 0, None
     eight, paged = "8bit" in name, "paged" in name
     outside = 0
-    if eight:
-        tensors += [empty(256), empty(256)]
+    if eight and any(parameter.numel() >= _MIN_8BIT for parameter in trained):
+        tensors += [empty(256), empty(256)]  # the codes' tables, shared by all
     for parameter in trained:
         size = parameter.numel()
         small = not eight or size < _MIN_8BIT
@@ -613,26 +591,36 @@ class Estimate:
     """
 
     def __init__(self, experiment: Experiment, device: Device, labels: int = 77) -> None:
-        self.experiment, self.device = experiment, device
+        self.device = device
+        config: Any = models.load_config(experiment.model)
+        self.layers = config.num_hidden_layers
+        self.positions: int | None = getattr(config, "max_position_embeddings", None)
         precision = _precision(experiment, device)
-        whole = _skeleton(experiment, precision, labels)
-        self.layers = len(_layers_of(whole))
-        self.positions = _positions(whole)
-        self.parameters = models.trainable_parameters(whole)
-        self._models = {self.layers: whole}
-        if self.layers > 6:
-            self._models = {count: _skeleton(experiment, precision, labels, count) for count in (2, 5)}
+        counts = (2, 5) if self.layers > 6 else (self.layers,)
+        self._plans = [experiment.override({"model.layers": count}) for count in counts]
+        self._models = [_skeleton(each, precision, labels) for each in self._plans]
         self._known: dict[tuple[int, int], int] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, adapters not counted."""
+        counted = [models.trainable_parameters(model) for model in self._models]
+        adapted = isinstance(self._models[0], peft.PeftModel)
+        return self._whole([everything - adapted * trained for trained, everything in counted])
+
+    def _whole(self, values: list[int]) -> int:
+        return values[0] if len(values) == 1 else round(values[0] + (self.layers - 2) * (values[1] - values[0]) / 3)
 
     def bytes(self, batch: int, length: int) -> int:
         """Return what the allocator will have reserved, within about 2% of the plan."""
         key = (batch, length)
         if key not in self._known:
-            sizes = [
-                _run(self.experiment, model, batch, length, self.device).reserved for model in self._models.values()
-            ]
-            first = sizes[0]
-            self._known[key] = first if len(sizes) == 1 else round(first + (self.layers - 2) * (sizes[1] - first) / 3)
+            self._known[key] = self._whole(
+                [
+                    _run(each, model, batch, length, self.device).reserved
+                    for each, model in zip(self._plans, self._models, strict=True)
+                ]
+            )
         return self._known[key]
 
 
@@ -680,8 +668,8 @@ def fits(
                     "double_quantization": nested,
                     "checkpointing": recompute,
                     "length": row_length,
-                    "batch": _largest(lambda n, e=estimate, width=row_length: e.bytes(n, width), where.bytes, most),
-                    "longest": _largest(lambda n, e=estimate: e.bytes(1, n), where.bytes, positions, 64),
+                    "batch": _largest(functools.partial(estimate.bytes, length=row_length), where.bytes, most),
+                    "longest": _largest(functools.partial(estimate.bytes, 1), where.bytes, positions, 64),
                     "planned_bytes": estimate.bytes(1, row_length),
                 }
             )
@@ -691,20 +679,19 @@ def fits(
 def _largest(size: Callable[[int], int], room: int, most: int, grain: int = 1) -> int:
     """Return the largest multiple of `grain` (and at most `most`) whose size has room, or 0."""
     low, high = 0, most // grain + 1
-    if size(grain) > room or high < 2:
+    if high < 2 or size(grain) > room:
         return 0
-    low = 1
-    # Sizes grow nearly evenly: aim at where a straight line says that there is no more room.
-    slope = max(size(2 * grain) - size(grain), 1) if high > 2 else 1
-    aim = 1 + (room - size(grain)) / slope
+    # Sizes grow nearly evenly: aim at where a straight line through two of them says that there is no more room.
+    low, far = 1, min(9, high - 1)
+    slope = max((size(far * grain) - size(grain)) / max(far - 1, 1), 1)
+    aim, tries = 1 + (room - size(grain)) / slope, 0
     while high - low > 1:
+        if tries > 3:  # not so even after all
+            aim = (low + high) / 2
         value = round(min(max(aim, low + 1), high - 1))
         left = room - size(value * grain)
-        if left >= 0:
-            low = value
-        else:
-            high = value
-        aim = value + left / slope
+        low, high = (value, high) if left >= 0 else (low, value)
+        aim, tries = value + left / slope, tries + 1
     return low * grain
 
 
@@ -744,7 +731,7 @@ def crossing(
             )
             estimate = Estimate(spec, where)
             size = estimate.bytes(batch, length)
-            parameters = estimate.parameters[1] - (estimate.parameters[0] if spec.lora else 0)
+            parameters = estimate.parameters
             rows.append(
                 {
                     "model": name,

@@ -566,6 +566,33 @@ def build(
     return adapted.train()
 
 
+def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfig:
+    """Read a base model's configuration; no weights.
+
+    Args:
+        spec: Which base.
+        **changes: Values to set in it.
+
+    Returns:
+        The configuration, with `spec.layers` layers where that is given.
+
+    Raises:
+        KitError: When it cannot be read, or has fewer layers.
+    """
+    base = find_base(spec)
+    with quiet(), _readable(spec.name):
+        config: Any = transformers.AutoConfig.from_pretrained(
+            base.source, revision=base.revision, trust_remote_code=False, **changes
+        )
+    if spec.layers is not None:
+        if spec.layers > config.num_hidden_layers:
+            raise KitError(f"model.layers is {spec.layers}: {spec.name} has {config.num_hidden_layers}")
+        config.num_hidden_layers = spec.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: spec.layers]
+    return config
+
+
 def build_classifier(
     experiment: Experiment,
     label_names: Sequence[str],
@@ -586,15 +613,12 @@ def build_classifier(
     """
     spec = experiment.model
     base = find_base(spec)
-    with quiet(), _readable(spec.name):
-        config = transformers.AutoConfig.from_pretrained(
-            base.source,
-            revision=base.revision,
-            trust_remote_code=False,
-            num_labels=len(label_names),
-            id2label=dict(enumerate(label_names)),
-            label2id={name: index for index, name in enumerate(label_names)},
-        )
+    config = load_config(
+        spec,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
     if spec.name.startswith("shape:") and not spec.random_weights:
         raise KitError(f"{spec.name} is a shape without weights: set model.random_weights: true, or name a model")
     pooling = resolve_pooling(spec, config)
@@ -867,17 +891,16 @@ def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: Any) -> n
         if nested
         else None,
     )
-    packed = nn.Parameter(empty((weight.numel() + 1) // 2, torch.uint8)[:, None], requires_grad=False)
-    for name, value in (
-        ("quant_state", state),
-        ("bnb_quantized", True),
-        ("blocksize", 64),
-        ("compress_statistics", nested),
-        ("quant_type", scheme),
-    ):
-        setattr(packed, name, value)
     module.quant_state = state
-    return packed
+    return bnb.nn.Params4bit(
+        empty((weight.numel() + 1) // 2, torch.uint8)[:, None],
+        requires_grad=False,
+        quant_state=state,
+        quant_type=scheme,
+        compress_statistics=nested,
+        module=module,
+        bnb_quantized=True,
+    )
 
 
 def _int8_shape(weight: torch.Tensor) -> nn.Parameter:
