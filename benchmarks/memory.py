@@ -127,7 +127,7 @@ def cells() -> list[Cell]:
                 }
             )
             name = f"cpu_{method}_{scheme}{'' if nested else '-single'}{'_checkpointing' if checkpointing else ''}"
-            found.append(Cell(name, "cpu", "minilm", method, experiment, 8, 64, 3, True))
+            found.append(Cell(name, "cpu", "minilm", method, experiment, 8, 64))
     return found
 
 
@@ -339,7 +339,8 @@ def main() -> int:
         print("\n".join(cell.name for cell in wanted))
         return 0
     todo = [cell for cell in wanted if options.again or not (folder / f"{cell.name}.json").is_file()]
-    failed = run(todo, folder, options.jobs, int(options.room), options.seconds)
+    jobs = 1 if groups == ["cpu"] else options.jobs
+    failed = run(todo, folder, jobs, int(options.room), options.seconds)
     gather(folder, Path(options.out), list(by_name))
     for name in failed:
         print(f"{name}: {(folder / f'{name}.log').read_text()[-600:]}", file=sys.stderr)

@@ -1181,7 +1181,14 @@ def memory_parts(rows: Sequence[Mapping[str, Any]], limit: float | None = None, 
             named.add("measured")
             axes.plot([measured / unit] * 2, [place - 0.4, place + 0.4], color=BLACK, linewidth=2.4, label=label)
             text = f"{measured / unit:,.1f} ({total / measured - 1:+.1%})"
-        axes.annotate(text, (max(total, measured or 0) / unit, place), (7, 0), textcoords="offset points", va="center")
+        axes.annotate(
+            text,
+            (max(total, measured or 0) / unit, place),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
     if limit is not None and limit < 1.6 * most:
         axes.axvline(limit / unit, color=BLACK, linestyle=(0, (4, 3)), linewidth=1.4)
     axes.set_yticks(range(len(rows)), [_cut(str(row["label"]), 30) for row in rows])
