@@ -98,8 +98,9 @@ def rotate(folder: Path, keep: int, best: Path | None) -> None:
         spared.add(best.name)
     for checkpoint in listed(folder):
         if checkpoint.name not in spared:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    # What a killed process left half written.
+            # Out of the way by one rename first: a kill must not leave half a checkpoint under a checkpoint's name.
+            checkpoint.rename(folder / f".aside-{checkpoint.name}")
+    # That, and what a killed process left half written.
     for aside in folder.glob(".aside-*"):
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -174,7 +174,7 @@ class TrainingSpec:
         early_stopping: Stop after this many evaluations without a better validation macro F1; None for never.
         keep_best: Keep the weights of the epoch with the best validation macro F1 instead of the last.
         checkpoints: `remove` deletes the checkpoints when training has ended; `keep` keeps them.
-        checkpoint_steps: Also write a checkpoint every so many steps; None for one an epoch.
+        checkpoint_steps: Write a checkpoint every so many steps as well as one an epoch; None for the latter alone.
         logging_steps: Steps between two logged losses.
         threads: CPU threads for the mathematics; None takes every core. Sums depend on it, so it is recorded.
         workers: Data loader processes.

@@ -167,12 +167,19 @@ class _Meter(TrainerCallback):
             self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every = self.trainer.spec.checkpoint_steps
+        # At an epoch's last step its checkpoint comes after its evaluation, as without `checkpoint_steps`: a run that
+        # goes on from there must neither miss the evaluation nor draw other random numbers.
+        if every and state.global_step % every == 0 and not float(state.epoch).is_integer():
+            # Losses since the last log are no part of a checkpoint, so they are logged with it.
+            control.should_save = control.should_log = True
         # Evaluation and saving inside an epoch are no training time.
         if control.should_save or control.should_evaluate:
             self._stop()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop()
+        control.should_log = True
         if self.rows and self.tokens is not None:
             self.trainer.log(
                 {
@@ -281,7 +288,6 @@ def training_arguments(
         The arguments. Names are those that transformers 5.17 and 5.24 have in common.
     """
     warmup = spec.warmup_steps if spec.warmup_steps is not None else math.ceil(spec.warmup_ratio * steps)
-    by_steps = spec.checkpoint_steps is not None
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=spec.epochs,
@@ -301,12 +307,11 @@ def training_arguments(
         seed=spec.seed,
         data_seed=spec.seed,
         eval_strategy="epoch",
-        save_strategy="steps" if by_steps else "epoch",
-        save_steps=spec.checkpoint_steps or 500,
+        save_strategy="epoch",  # and every `checkpoint_steps`, by the meter's callback
         logging_steps=spec.logging_steps,
         # A loss that is not finite must be seen, and filtering it would wait for the device at every step.
         logging_nan_inf_filter=False,
-        load_best_model_at_end=spec.keep_best and not by_steps,
+        load_best_model_at_end=spec.keep_best,
         metric_for_best_model="f1_macro",
         greater_is_better=True,
         # PEFT's wrapper hides the labels from the Trainer, which then computes no evaluation loss.
@@ -791,6 +796,7 @@ def wandb_mode(wanted: str) -> str | None:
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc().authenticators("api.wandb.ai"):
+        # wandb keeps its key where NETRC says, if it says.
+        if netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai"):
             return "online"
     return "offline"
