@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["WANDB_MODE"] = "disabled"  # whatever the shell says: a tracked run makes a folder of its own
 
 from pathlib import Path
 
