@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import netrc
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from . import checkpoints, evaluation, models, records
+from . import checkpoints, evaluation, models, records, tracking
 from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
@@ -420,7 +418,7 @@ def finetune(
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
             _begin(folder, experiment, data)
-            with _tracking(experiment, Path(out), folder.name) as tracked:
+            with tracking.opened(experiment, Path(out), folder.name) as tracked:
                 trainer = _trainer(
                     experiment, model, tokenizer, data, tokens, folder, device, precision, tracked, progress
                 )
@@ -746,57 +744,3 @@ def model_card(experiment: Experiment, training: Mapping[str, Any], licence: str
 
 def _code(text: str) -> str:
     return "`" + "".join(c for c in text if c.isprintable() and c not in "`<>") + "`"
-
-
-# --- tracking ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _tracking(experiment: Experiment, out: Path, name: str) -> Iterator[bool]:
-    """Open a W&B run for a block, online only where the user is logged in or asked for it."""
-    mode = wandb_mode(experiment.tracking.wandb)
-    if mode is None:
-        yield False
-        return
-    import wandb
-
-    out.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=experiment.tracking.project,
-        name=name,
-        dir=str(out),
-        mode=mode,  # type: ignore[arg-type]  # one of those
-        config=experiment.to_dict(),
-        settings=wandb.Settings(console="off", silent=mode == "offline"),
-        reinit="finish_previous",
-    )
-    try:
-        yield True
-        run.finish()
-    except BaseException:
-        run.finish(exit_code=1)
-        raise
-
-
-def wandb_mode(wanted: str) -> str | None:
-    """Return W&B's mode: `online`, `offline`, or None for no tracking.
-
-    Args:
-        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is `online` where the user
-            is logged in (`WANDB_API_KEY`, or `wandb login` has left a key) and `offline` otherwise;
-            the environment's `WANDB_MODE` decides before that.
-    """
-    if wanted == "none":
-        return None
-    if wanted != "auto":
-        return wanted
-    asked = os.environ.get("WANDB_MODE")
-    if asked:
-        return {"disabled": None, "dryrun": "offline"}.get(asked, asked)
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        # wandb keeps its key where NETRC says, if it says.
-        if netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai"):
-            return "online"
-    return "offline"

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from qlora_kit import records, training
+from qlora_kit import records, tracking
 
 CODE = """
 import sys, qlora_kit as qk
@@ -25,19 +25,19 @@ def test_the_mode_follows_login_environment_and_wish(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert training.wandb_mode("none") is None
-    assert training.wandb_mode("offline") == "offline"
-    assert training.wandb_mode("auto") == "offline"
+    assert tracking.wandb_mode("none") is None
+    assert tracking.wandb_mode("offline") == "offline"
+    assert tracking.wandb_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert training.wandb_mode("auto") == "online"
+    assert tracking.wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert training.wandb_mode("auto") == "offline"
+    assert tracking.wandb_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert training.wandb_mode("auto") is None
+    assert tracking.wandb_mode("auto") is None
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert training.wandb_mode("auto") == "online"
+    assert tracking.wandb_mode("auto") == "online"
 
 
 @pytest.mark.long
