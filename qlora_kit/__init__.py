@@ -46,6 +46,7 @@ _MODULES = (
     "plots",
     "quantization",
     "records",
+    "rerun",
     "training",
 )
 

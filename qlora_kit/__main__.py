@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import KitError, unknown
 
-COMMANDS = ("presets", "plan", "finetune", "evaluate", "predict", "run-notebooks", "check")
+COMMANDS = ("presets", "plan", "finetune", "evaluate", "predict", "rerun", "run-notebooks", "check")
 
 EXAMPLES = """\
 examples, from nothing to a prediction:
@@ -63,6 +63,17 @@ PREDICT_EXAMPLES = """\
 examples:
   python -m qlora_kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
   python -m qlora_kit predict runs/tickets --json < texts.txt        one text a line, one JSON object a line
+"""
+
+RERUN_EXAMPLES = """\
+examples:
+  python -m qlora_kit rerun runs/minilm_banking77_qlora_seed0
+  python -m qlora_kit rerun runs/latest/02_finetune.json --out runs/again
+  python -m qlora_kit rerun runs/tickets --json
+
+RECORD is a finished run folder, a file in it, or the record of a notebook that trained or tested. The experiment runs
+again into OUT; then each difference is told: device, threads, versions, commit, data, base weights, and every result
+(times and memory aside), to the last bit or by how much. Exit code 0: the same results; 1: others; 2: no such record.
 """
 
 NOTEBOOK_EXAMPLES = """\
@@ -193,6 +204,12 @@ def _parser() -> _Parser:
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, lines of standard input")
     predict.add_argument("--top", type=int, default=3, help="how many labels a text (3)")
     predict.add_argument("--json", action="store_true", help="one JSON object a text")
+
+    rerun = command("rerun", "run a record again and tell each difference", _rerun, RERUN_EXAMPLES)
+    rerun.add_argument("record", metavar="RECORD", help="a run folder, a file in it, or 02_finetune.json")
+    rerun.add_argument("--out", default="runs/reruns", help="folder of the new run folder (runs/reruns)")
+    rerun.add_argument("--json", action="store_true", help="the comparison as JSON")
+    rerun.add_argument("--quiet", action="store_true", help="no progress bars")
 
     books = command(
         "run-notebooks", "run the notebooks into one folder with one page of results", _run_notebooks, NOTEBOOK_EXAMPLES
@@ -344,6 +361,14 @@ def _predict(options: argparse.Namespace) -> int:
         else:
             print(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best))
     return 0
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    from .rerun import run_again
+
+    comparison = run_again(options.record, options.out, progress=not options.quiet)
+    print(json.dumps(comparison.to_dict(), ensure_ascii=False) if options.json else comparison)
+    return 0 if comparison.same else 1
 
 
 def _run_notebooks(options: argparse.Namespace) -> int:

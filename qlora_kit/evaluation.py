@@ -429,7 +429,7 @@ def evaluate(
         progress: Show progress bars.
 
     Returns:
-        What is written: `metrics` (`test`, `test_without_leaked`, `validation`, `baselines`), `labels`,
+        What is written: `resamples`, `metrics` (`test`, `test_without_leaked`, `validation`, `baselines`), `labels`,
         `per_label`, `confusions`, `confusion_matrix` (true by predicted), `calibration`, `predictions` (test
         classes of the run and of the baselines), `data`, `timing` in seconds, `environment`.
 
@@ -486,6 +486,7 @@ def evaluate(
         {
             "schema": records.SCHEMA,
             "preset": run.experiment.name,
+            "resamples": resamples,
             "metrics": scores,
             "labels": list(names),
             "per_label": per_label(test, truth, names),

@@ -42,7 +42,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
     for command in cli.COMMANDS:
         assert command in plain
     assert "tickets.csv" in plain and 'predict runs/minilm_banking77_qlora_seed0 "My card' in plain
-    for command in ("finetune", "predict", "run-notebooks"):
+    for command in ("finetune", "predict", "rerun", "run-notebooks"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert f"examples:\n  python -m qlora_kit {command}" in capsys.readouterr().out
@@ -54,7 +54,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
 def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]):
     import shlex
 
-    examples = cli.EXAMPLES + cli.FINETUNE_EXAMPLES + cli.PREDICT_EXAMPLES + cli.NOTEBOOK_EXAMPLES
+    examples = cli.EXAMPLES + cli.FINETUNE_EXAMPLES + cli.PREDICT_EXAMPLES + cli.RERUN_EXAMPLES + cli.NOTEBOOK_EXAMPLES
     lines = examples.replace("\\\n", " ").splitlines()
     commands = [line.partition("qlora_kit ")[2] for line in lines if line.strip().startswith("python -m qlora_kit ")]
     assert len(commands) > 10
