@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from processes import run_all
 
-from qlora_kit import records  # noqa: E402
-from qlora_kit.errors import KitError, unknown  # noqa: E402
-from qlora_kit.experiment import Experiment, preset  # noqa: E402
-from qlora_kit.quantization import Quantization  # noqa: E402
+from qlora_kit import records
+from qlora_kit.errors import KitError, unknown
+from qlora_kit.experiment import Experiment, preset
+from qlora_kit.quantization import Quantization
 
 CONTENDERS = {
     "none": Quantization("none"),
@@ -85,25 +82,13 @@ def everything(options: argparse.Namespace) -> int:
     """Run what is missing, `--jobs` at a time, then put the rows together."""
     folder = Path(options.runs)
     wanted = [(name, seed) for seed in options.seeds for name in options.schemes]
-    todo = [(name, seed) for name, seed in wanted if not finished(options, folder, name, seed)]
+    todo = {
+        f"{name}_seed{seed}": [sys.executable, __file__, *sys.argv[1:], "--one", name, str(seed)]
+        for name, seed in wanted
+        if not finished(options, folder, name, seed)
+    }
     print(f"{len(wanted)} rows, {len(wanted) - len(todo)} of them there already")
-    running: dict[subprocess.Popen[bytes], str] = {}
-    failed = []
-    while todo or running:
-        while todo and len(running) < options.jobs:
-            name, seed = todo.pop(0)
-            log = folder / f"{name}_seed{seed}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", name, str(seed)]
-            with open(log, "wb") as stream:
-                process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-            running[process] = f"{name} seed {seed} ({log})"
-        time.sleep(0.2)
-        for process in [process for process in running if process.poll() is not None]:
-            what = running.pop(process)
-            print(("done: " if process.returncode == 0 else "FAILED: ") + what, flush=True)
-            if process.returncode:
-                failed.append(what)
+    failed = run_all(todo, folder / "logs", options.jobs)
     rows = [records.read_json(row_file(folder, name, seed)) for name, seed in wanted if exists(folder, name, seed)]
     if rows:
         write(options, rows)

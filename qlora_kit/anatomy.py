@@ -19,7 +19,7 @@ from torch import nn
 
 from .experiment import Experiment
 from .models import build, head_modules, is_head_parameter, load_tokenizer
-from .quantization import _stored_linear
+from .quantization import linear_storage
 
 PARTS = (
     "base, linear layers",
@@ -76,10 +76,10 @@ def anatomy(model: nn.Module) -> list[Part]:
         sums[1] += size
 
     for name, module in model.named_modules():
-        stored: tuple[bool, int, int, int] | None = _stored_linear(module)
-        if stored is not None and stored[0] and id(module.weight) not in seen:
-            _, parameters, size, tables = stored
-            add(_part(name, module, heads), f"{round(8 * size / parameters)} bits", False, parameters, size + tables)
+        stored = linear_storage(module)
+        if stored is not None and stored.quantized and id(module.weight) not in seen:
+            bits = f"{round(8 * stored.bytes / stored.parameters)} bits"
+            add(_part(name, module, heads), bits, False, stored.parameters, stored.bytes + stored.table_bytes)
             seen.update(id(tensor) for tensor in (module.weight, *module.buffers(recurse=False)))
         own: list[tuple[str, torch.Tensor]] = [
             *module.named_parameters(recurse=False),
@@ -150,4 +150,4 @@ def _part(name: str, module: Any, heads: Sequence[str], leaf: str = "weight") ->
         return "adapters"
     if isinstance(module, nn.Embedding):
         return "base, embeddings"
-    return "base, linear layers" if leaf == "weight" and _stored_linear(module) else "base, norms and biases"
+    return "base, linear layers" if leaf == "weight" and linear_storage(module) else "base, norms and biases"

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 # Before anything that imports bitsandbytes by itself.
 from . import _bnb  # noqa: F401  # isort: skip
@@ -50,30 +51,37 @@ def _table(device: torch.device) -> torch.Tensor:
     return _pairs().to(device)
 
 
-def dequantize_plain(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block_size: int,
-    size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Undo the packing in plain torch, on any device. The Triton kernel gives the same bits.
+class Stored(NamedTuple):
+    """What a layer keeps of its weight.
 
-    Args:
-        packed: Codes, uint8, [ceil(size / 2)].
-        absmax: Block scales: uint8 codes, or float32 where `nested_absmax` is None; [ceil(size /
-            block_size)].
+    Attributes:
+        packed: Codes, uint8, [ceil(size / 2)]: two a byte, the first in the upper half.
+        absmax: Block scales: uint8 codes, or float32 where `nested_absmax` is None; [ceil(size / block_size)].
         nested_absmax: float32, [ceil(blocks / 256)], or None.
         offset: float32, [], or None.
         block_size: Weights a scale.
         size: How many weights there are.
+    """
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    offset: torch.Tensor | None
+    block_size: int
+    size: int
+
+
+def dequantize_plain(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """Undo the packing in plain torch, on any device. The Triton kernel gives the same bits.
+
+    Args:
+        stored: What the layer keeps.
         dtype: Of the result; products are taken in float32 and rounded once.
 
     Returns:
         The weights, [size].
     """
+    packed, absmax, nested_absmax, offset, block_size, size = stored
     values = _table(packed.device).index_select(0, packed.int()).view(torch.float32)
     scales = quantization.block_scales(absmax, nested_absmax, offset)
     whole = size // block_size
@@ -90,7 +98,7 @@ def _triton_dequantize() -> Any:
         from . import int4_triton
 
         codes, scales = torch.zeros(16, dtype=torch.uint8, device="cuda"), torch.ones(1, device="cuda")
-        int4_triton.dequantize(codes, scales, None, None, 32, 32, torch.float16)
+        int4_triton.dequantize(Stored(codes, scales, None, None, 32, 32), torch.float16)
     except Exception as error:  # Triton and its compiler fail in many ways, and none of them is the user's doing
         logger.warning(
             "int4 layers go without their CUDA kernel, several times slower (%s)", " ".join(str(error).split())
@@ -99,18 +107,10 @@ def _triton_dequantize() -> Any:
     return int4_triton.dequantize
 
 
-def dequantize(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block_size: int,
-    size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def dequantize(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """Undo the packing with the fastest means at hand; arguments as for `dequantize_plain`."""
-    kernel = (_triton_dequantize() if packed.is_cuda else None) or dequantize_plain
-    return cast(torch.Tensor, kernel(packed, absmax, nested_absmax, offset, block_size, size, dtype))
+    kernel = (_triton_dequantize() if stored.packed.is_cuda else None) or dequantize_plain
+    return cast(torch.Tensor, kernel(stored, dtype))
 
 
 class _Product(torch.autograd.Function):
@@ -133,10 +133,10 @@ class _Product(torch.autograd.Function):
         block_size: int,
         out_features: int,
     ) -> torch.Tensor:
-        size = out_features * x.shape[-1]
-        weight = dequantize(packed, absmax, nested_absmax, offset, block_size, size, x.dtype)
         ctx.save_for_backward(packed, absmax, nested_absmax, offset)
         ctx.block_size, ctx.shape = block_size, (out_features, x.shape[-1])
+        stored = Stored(packed, absmax, nested_absmax, offset, block_size, math.prod(ctx.shape))
+        weight = dequantize(stored, x.dtype)
         return functional.linear(x, weight.view(ctx.shape), bias)
 
     @staticmethod
@@ -144,9 +144,9 @@ class _Product(torch.autograd.Function):
         (gradient,) = gradients
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            size = ctx.shape[0] * ctx.shape[1]
             packed, absmax, nested_absmax, offset = ctx.saved_tensors
-            weight = dequantize(packed, absmax, nested_absmax, offset, ctx.block_size, size, gradient.dtype)
+            stored = Stored(packed, absmax, nested_absmax, offset, ctx.block_size, math.prod(ctx.shape))
+            weight = dequantize(stored, gradient.dtype)
             grad_x = gradient @ weight.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             grad_bias = gradient.reshape(-1, ctx.shape[0]).sum(0)
@@ -256,11 +256,15 @@ class Int4Linear(nn.Linear):
             )
         return layer.train(module.training)
 
+    @property
+    def stored(self) -> Stored:
+        """The stored tensors, with what is needed to undo them."""
+        size = self.in_features * self.out_features
+        return Stored(self.weight, self.absmax, self.nested_absmax, self.offset, self.spec.block_size, size)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the weight that the stored bits stand for, [out_features, in_features]."""
-        size = self.in_features * self.out_features
-        flat = dequantize(self.weight, self.absmax, self.nested_absmax, self.offset, self.spec.block_size, size, dtype)
-        return flat.view(self.out_features, self.in_features)
+        return dequantize(self.stored, dtype).view(self.out_features, self.in_features)
 
     def to_full_precision(self, dtype: torch.dtype = torch.float32) -> nn.Linear | Conv1D:
         """Return a plain layer of the kind this one was made from, holding the dequantized weight."""

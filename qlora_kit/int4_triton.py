@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import quantization
+from .int4 import Stored
 from .quantization import NESTED_BLOCK_SIZE
 
 
@@ -58,16 +59,9 @@ def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return quantization.codebook("int4").to(device), quantization.dynamic_codebook().to(device)
 
 
-def dequantize(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    nested_absmax: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    block_size: int,
-    size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def dequantize(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """As `qlora_kit.int4.dequantize_plain`, for tensors on a CUDA device."""
+    packed, absmax, nested_absmax, offset, block_size, size = stored
     levels, scale_levels = _tables(packed.device)
     out = torch.empty(size, dtype=dtype, device=packed.device)
     blocks = absmax.numel()

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import KitError, unknown
 
@@ -589,11 +589,11 @@ def storage(model: torch.nn.Module, skip_modules: Iterable[str] = ()) -> Storage
         KitError: The model has no linear layer.
     """
     seen: set[int] = set()
-    rows: list[tuple[bool, int, int, int]] = []  # quantized, parameters, bytes, table bytes
+    rows: list[LinearStorage] = []
     rest_parameters = rest_bytes = 0
     skipped = [f".{name}." for name in skip_modules]
     for name, module in model.named_modules():
-        stored = _stored_linear(module)
+        stored = linear_storage(module)
         skip = any(skip in f".{name}." for skip in skipped)
         if stored is not None and not skip and id(module.weight) not in seen:
             rows.append(stored)
@@ -613,19 +613,39 @@ def storage(model: torch.nn.Module, skip_modules: Iterable[str] = ()) -> Storage
             rest_bytes += tensor.numel() * tensor.element_size()
     if not rows:
         raise KitError("the model has no linear layer to measure")
-    some = any(row[0] for row in rows)
-    counted = [row for row in rows if row[0] or not some]
+    some = any(row.quantized for row in rows)
+    counted = [row for row in rows if row.quantized or not some]
     return Storage(
-        linear_parameters=sum(row[1] for row in counted),
-        linear_bytes=sum(row[2] for row in counted),
-        table_bytes=sum(row[3] for row in rows),
-        parameters=rest_parameters + sum(row[1] for row in rows),
-        bytes=rest_bytes + sum(row[2] + row[3] for row in rows),
+        linear_parameters=sum(row.parameters for row in counted),
+        linear_bytes=sum(row.bytes for row in counted),
+        table_bytes=sum(row.table_bytes for row in rows),
+        parameters=rest_parameters + sum(row.parameters for row in rows),
+        bytes=rest_bytes + sum(row.bytes + row.table_bytes for row in rows),
     )
 
 
-def _stored_linear(module: Any) -> tuple[bool, int, int, int] | None:
-    """A linear layer: whether it is quantized, its weights, their bytes, its tables' bytes. Else None."""
+class LinearStorage(NamedTuple):
+    """What one linear layer's weight takes.
+
+    Attributes:
+        quantized: Whether it is stored in 4 or 8 bits.
+        parameters: How many weights it stands for.
+        bytes: What stores them, scales included.
+        table_bytes: The codebooks that bitsandbytes keeps a copy of in every layer.
+    """
+
+    quantized: bool
+    parameters: int
+    bytes: int
+    table_bytes: int
+
+
+def linear_storage(module: Any) -> LinearStorage | None:
+    """Measure a linear layer of any kind that the kit stores; None for any other module.
+
+    Args:
+        module: `nn.Linear`, GPT-2's `Conv1D`, bitsandbytes' `Linear4bit` and `Linear8bitLt`, or `Int4Linear`.
+    """
     import torch
 
     def size(*tensors: torch.Tensor | None) -> int:
@@ -634,19 +654,20 @@ def _stored_linear(module: Any) -> tuple[bool, int, int, int] | None:
     kind = type(module).__name__
     if kind == "Int4Linear":
         stored = size(module.weight, module.absmax, module.nested_absmax, module.offset)
-        return True, module.in_features * module.out_features, stored, 0
+        return LinearStorage(True, module.in_features * module.out_features, stored, 0)
     if kind == "Linear4bit" and getattr(module.weight, "quant_state", None) is not None:
         state = module.weight.quant_state
         stored, tables = size(module.weight, state.absmax), size(state.code)
         if state.nested:
             stored += size(state.state2.absmax, state.offset)
             tables += size(state.state2.code)
-        return True, state.shape.numel(), stored, tables
+        return LinearStorage(True, state.shape.numel(), stored, tables)
     if kind == "Linear8bitLt":
         scales = getattr(module.weight, "SCB", None)
-        return True, module.weight.numel(), size(module.weight, module.state.SCB if scales is None else scales), 0
+        stored = size(module.weight, module.state.SCB if scales is None else scales)
+        return LinearStorage(True, module.weight.numel(), stored, 0)
     if isinstance(module, torch.nn.Linear) or kind == "Conv1D":
-        return False, module.weight.numel(), size(module.weight), 0
+        return LinearStorage(False, module.weight.numel(), size(module.weight), 0)
     return None
 
 

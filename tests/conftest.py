@@ -15,7 +15,7 @@ import qlora_kit as qk
 from qlora_kit.experiment import DataSpec, Experiment, LoraSpec, ModelSpec, TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-DIALOGPT = ROOT / "benchmarks" / "shapes" / "dialogpt-medium"
+DIALOGPT = ROOT / "qlora_kit" / "shapes" / "dialogpt-medium"
 
 # One tiny config of each architecture that the kit says it takes.
 ARCHITECTURES = {

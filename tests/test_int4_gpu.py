@@ -30,9 +30,8 @@ def test_the_kernel_gives_the_plain_versions_bits(block_size, double, dtype):
         layer = stored(rows, columns, Quantization("int4", double, block_size))
         on_cpu = layer.dequantize(dtype)
         layer = layer.to("cuda")
-        arguments = (layer.weight, layer.absmax, layer.nested_absmax, layer.offset, block_size, rows * columns, dtype)
-        kernel = int4_triton.dequantize(*arguments).cpu().view(rows, columns)
-        plain = int4.dequantize_plain(*arguments).cpu().view(rows, columns)
+        kernel = int4_triton.dequantize(layer.stored, dtype).cpu().view(rows, columns)
+        plain = int4.dequantize_plain(layer.stored, dtype).cpu().view(rows, columns)
         assert torch.equal(plain, on_cpu)
         assert torch.equal(kernel, on_cpu)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
+from figures import assert_readable_on_a_phone, assert_whole
 from matplotlib.text import Text
-from PIL import Image
 
 from qlora_kit import plots
 
@@ -73,18 +71,12 @@ def figures() -> dict[str, plots.KitFigure]:
 
 def test_nothing_is_cut_off(figures):
     for name, figure in figures.items():
-        figure.png()
-        drawn = figure.get_tightbbox()  # inches, of everything that is drawn
-        width, height = figure.get_size_inches()
-        assert min(drawn.x0, drawn.y0) > -0.02, (name, drawn)
-        assert drawn.x1 < width + 0.02 and drawn.y1 < height + 0.02, (name, drawn)
+        assert_whole(figure, name)
 
 
 def test_readable_at_phone_width(figures):
     for name, figure in figures.items():
-        image = np.asarray(Image.open(io.BytesIO(figure.png())).convert("L"))
-        assert (image < 200).mean() > 0.002 and image.shape[1] <= 1000, name
-        assert min(t.get_fontsize() for t in figure.findobj(Text) if t.get_text().strip()) >= 10, name
+        assert_readable_on_a_phone(figure, name)
 
 
 def test_named_schemes_do_not_cover_each_other(figures):
