@@ -230,7 +230,8 @@ class TrackingSpec:
     """Where the run is logged besides its folder.
 
     Args:
-        wandb: `auto` logs online where the user is logged in and offline otherwise; `none` for no W&B.
+        wandb: `auto` logs online where the user is logged in and offline otherwise; `none` for no W&B. What is logged
+            includes a few validation texts: those that the model is most wrong about.
         project: Name of the W&B project.
     """
 

@@ -418,9 +418,9 @@ def finetune(
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
             _begin(folder, experiment, data)
-            with tracking.opened(experiment, Path(out), folder.name) as tracked:
+            with tracking.opened(experiment, Path(out), folder.name) as tracked_run:
                 trainer = _trainer(
-                    experiment, model, tokenizer, data, tokens, folder, device, precision, tracked, progress
+                    experiment, model, tokenizer, data, tokens, folder, device, precision, bool(tracked_run), progress
                 )
                 for callback in callbacks or []:
                     trainer.add_callback(callback)
@@ -430,8 +430,11 @@ def finetune(
                     logger.warning("Going on from %s.", checkpoint)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 train_seconds = time.perf_counter() - train_started
-                validation = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]  # it has one
-        metrics = evaluation.metrics(np.asarray(validation.predictions), np.asarray(data.validation.labels))
+                # By another prefix W&B would show these as test scores.
+                validation = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")  # type: ignore[arg-type]
+                logits, rows = np.asarray(validation.predictions), data.validation
+                tracking.log_validation(tracked_run, logits, rows.labels, rows.texts, data.label_names)
+        metrics = evaluation.metrics(logits, np.asarray(rows.labels))
         training = _summary(
             trainer, experiment, data, metrics, train_seconds, time.perf_counter() - started, checkpoint
         )
