@@ -45,6 +45,9 @@ class ModelSpec:
             `auto` takes `mean` for encoders and `sequence_classification` for decoders.
         head: `linear` is one linear layer; `cosine` compares directions alone: 16 times the cosine of the vector
             and each class's weight (NormFace, arXiv 1704.06369, section 3.3).
+        head_init: `random`, or for a cosine head on a mean `class_means`: each class's weight starts as the mean
+            direction of its training texts under the untrained model (Low-Shot Learning with Imprinted Weights, arXiv
+            1712.07136, section 3.2). It takes one forward pass over the training rows.
         dropout: The base's own dropout probability while training; None keeps what its config says.
         layers: Keep the base's first so many layers alone; None for all.
         lean: Let norms hand on the precision that they are given and GPT-2's GELU keep nothing but its input: the
@@ -57,6 +60,7 @@ class ModelSpec:
     revision: str | None = None
     pooling: Literal["auto", "mean", "sequence_classification"] = "auto"
     head: Literal["linear", "cosine"] = "linear"
+    head_init: Literal["random", "class_means"] = "random"
     dropout: float | None = None
     layers: int | None = None
     lean: bool = False
@@ -65,6 +69,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise KitError("model.name is empty: give a hub name, a folder, or embedded:minilm")
+        if self.head_init == "class_means" and (self.head != "cosine" or self.pooling == "sequence_classification"):
+            raise KitError(
+                "model.head_init: class_means needs model.head: cosine and model.pooling: mean; other heads start random"
+            )
         _between("model.dropout", self.dropout, 0.0, 0.95)
         _at_least("model.layers", self.layers, 1)
 
@@ -163,8 +171,8 @@ class TrainingSpec:
             same kind is taken, and said.
         max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
         label_smoothing: Share of the target spread over the other labels.
-        precision: `auto` is bf16 on a GPU of compute capability 8.0 or more, fp16 on an older one (a T4),
-            fp32 without a GPU.
+        precision: `auto` is bf16 on a GPU of compute capability 8.0 or more and on a CPU that has it in hardware
+            (AVX512-BF16, AMX), fp16 on an older GPU (a T4), fp32 on other CPUs.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         use_reentrant: Which of torch's two ways of checkpointing; handed on as it stands here.
         prepare_for_kbit_training: PEFT's helper of that name: norms and embeddings to fp32. Costs memory.

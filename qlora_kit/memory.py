@@ -33,6 +33,7 @@ from torch import nn
 from . import models, training
 from .errors import KitError, unknown
 from .experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, preset, presets
+from .fused import use_cpu_attention_
 from .tape import Peak, Stage, Tape, parameters_of, replay, tables_of
 
 MIB, GIB = 1024**2, 1024**3
@@ -248,7 +249,7 @@ def plan(
     where = device if isinstance(device, Device) else find_device(device)
     batch, length = batch or experiment.training.batch_size, length or experiment.data.max_length
     _check_shape(batch, length)
-    model = _skeleton(experiment, _precision(experiment, where), labels)
+    model = _skeleton(experiment, _precision(experiment, where), labels, where)
     return _run(experiment, model, batch, length, where, padded)
 
 
@@ -332,7 +333,7 @@ def _positions(model: nn.Module) -> int | None:
 def _precision(experiment: Experiment, where: Device) -> str:
     wanted = experiment.training.precision
     if where.kind == "cpu":
-        return "fp32"
+        return models.resolve_precision(wanted, torch.device("cpu"))
     if wanted == "auto":
         return where.precision
     if wanted == "bf16" and where.precision != "bf16":
@@ -340,7 +341,7 @@ def _precision(experiment: Experiment, where: Device) -> str:
     return wanted
 
 
-def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
+def _skeleton(experiment: Experiment, precision: str, labels: int, where: Device) -> nn.Module:
     """Build the experiment's model on the meta device: every shape and dtype, no weight."""
     changed = experiment.override({"training.precision": precision, "model.random_weights": True})
     names = [f"label {place}" for place in range(labels)]
@@ -350,6 +351,8 @@ def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
     finally:
         torch.set_rng_state(rng)
     model = model.to("meta")
+    if where.kind == "cpu":
+        use_cpu_attention_(model)
     if experiment.training.gradient_checkpointing:
         training.enable_checkpointing(model, experiment.training.use_reentrant)
     return model
@@ -357,13 +360,15 @@ def _skeleton(experiment: Experiment, precision: str, labels: int) -> nn.Module:
 
 @contextlib.contextmanager
 def _autocast_flag(dtype: torch.dtype | None) -> Iterator[None]:
-    """Let PEFT see autocast as switched on, as it is while the Trainer runs a step on a GPU."""
-    before = torch.is_autocast_enabled("cuda")
+    """Let PEFT and `fused` see autocast as switched on, as it is while the Trainer runs a step in 16 bits."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 @contextlib.contextmanager
@@ -598,7 +603,7 @@ class Estimate:
         precision = _precision(experiment, device)
         counts = (2, 5) if self.layers > 6 else (self.layers,)
         self._plans = [experiment.override({"model.layers": count}) for count in counts]
-        self._models = [_skeleton(each, precision, labels) for each in self._plans]
+        self._models = [_skeleton(each, precision, labels, device) for each in self._plans]
         self._known: dict[tuple[int, int], int] = {}
 
     @property

@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import KitError, unknown
 from .experiment import Experiment, ModelSpec
+from .fused import fuse_, use_cpu_attention_
 from .quantization import Quantization, bitsandbytes_config
 
 logger = logging.getLogger(__name__)
@@ -263,6 +264,13 @@ def bf16_in_hardware(capability: tuple[int, int]) -> bool:
     return capability >= (8, 0)
 
 
+def cpu_has_bf16() -> bool:
+    """Return whether this machine's CPU multiplies bf16 in hardware (AVX512-BF16 or AMX)."""
+    # Older versions of torch do not tell.
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return the precision a run computes in: `fp32`, `fp16` or `bf16`.
 
@@ -271,8 +279,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         device: Where the run is.
 
     Returns:
-        The precision. Without a GPU it is fp32, whatever was asked for, and that is said: a CPU without the
-        instructions for it computes in 16 bits 6 to 18 times slower.
+        The precision. On a CPU it is bf16 where the CPU multiplies that in hardware, at twice the speed of fp32; others
+        compute in fp32 whatever was asked for, and that is said: without the instructions for it, 16 bits take 6 to
+        18 times as long.
 
     Raises:
         KitError: bf16 on a GPU that has it by emulation alone.
@@ -281,8 +290,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         # A plan: whoever makes it has asked the device that it is for.
         return "fp32" if precision == "auto" else precision
     if device.type != "cuda":
-        if precision in ("fp16", "bf16"):
-            logger.warning("%s needs a GPU; this run computes in fp32 on the CPU.", precision)
+        able = cpu_has_bf16()
+        if precision in ("auto", "fp32"):
+            return "bf16" if able and precision == "auto" else "fp32"
+        if precision == "bf16" and able:
+            return "bf16"
+        logger.warning("This CPU does not compute in %s; this run computes in fp32.", precision)
         return "fp32"
     hardware = bf16_in_hardware(torch.cuda.get_device_capability(device))
     if precision == "auto":
@@ -404,6 +417,26 @@ class PooledClassifier(nn.Module):
         logits = self.classifier(mean_pool(states, attention_mask).to(self.classifier.weight.dtype))
         loss = nn.functional.cross_entropy(logits.float(), labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def start_head_from_class_means_(model: nn.Module, states: np.ndarray, labels: Sequence[int]) -> None:
+    """Set each class's weight to the mean direction of its texts, in place.
+
+    Args:
+        model: As `build` made it, with a cosine head on the mean of the token states.
+        states: The training texts' pooled states under this model, float32 `[rows, hidden]`.
+        labels: Their class ids, `[rows]`. A class without rows keeps its random weight.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    head = inner.classifier
+    if isinstance(head, peft.utils.ModulesToSaveWrapper):
+        head = head.modules_to_save["default"]
+    directions = nn.functional.normalize(torch.from_numpy(states), dim=-1)
+    ids = torch.tensor(labels)
+    sums = torch.zeros(head.weight.shape).index_add_(0, ids, directions)
+    present = torch.bincount(ids, minlength=len(sums)) > 0
+    with torch.no_grad():
+        head.weight[present] = nn.functional.normalize(sums[present], dim=-1).to(head.weight.device)
 
 
 def _head(kind: str, config: transformers.PretrainedConfig, num_labels: int) -> nn.Linear:
@@ -563,7 +596,7 @@ def build(
     adapted.peft_config["default"].base_model_name_or_path = experiment.model.name
     check_head(adapted, heads)
     _position_ids_from_mask(adapted)
-    return adapted.train()
+    return fuse_(adapted).train()
 
 
 def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfig:
@@ -622,6 +655,8 @@ def build_classifier(
     if spec.name.startswith("shape:") and not spec.random_weights:
         raise KitError(f"{spec.name} is a shape without weights: set model.random_weights: true, or name a model")
     pooling = resolve_pooling(spec, config)
+    if spec.head_init == "class_means" and pooling != "mean":
+        raise KitError(f"model.head_init: class_means needs model.pooling: mean, which {spec.name} is not set to")
     if pad_token_id is not None:
         config.pad_token_id = pad_token_id
     config.use_cache = False
@@ -661,6 +696,8 @@ def build_classifier(
         setattr(model, flag, experiment.quantization.scheme in schemes)
     for name in head_modules(model):
         getattr(model, name).float()
+    if device.type == "cpu":
+        use_cpu_attention_(model)
     return keep_weights_as_stored_(model).eval()
 
 

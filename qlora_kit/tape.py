@@ -138,7 +138,7 @@ class Tape(TorchDispatchMode):
 
 # --- the meta device made to act like the one that is planned for ------------------------------------------------
 
-# torch/csrc/autocast: what CUDA's autocast runs in 16 bits, and what in fp32 (at::autocast, AT_FORALL_*).
+# aten/src/ATen/autocast_mode.h: what autocast runs in 16 bits, and what in fp32, on CUDA and on CPUs.
 _SIXTEEN = {
     "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "mv",
     "einsum", "conv1d", "conv2d", "scaled_dot_product_attention", "prelu", "chain_matmul",
@@ -149,6 +149,9 @@ _FP32 = {
     "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div", "cosine_similarity", "logsumexp", "dist",
     "renorm", "cumsum", "cumprod", "prod", "sum", "softmax", "log_softmax", "norm",
 }  # fmt: skip
+
+
+_FP32_CPU = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "kl_div", "prod"}
 
 
 class Stage(TorchFunctionMode):
@@ -168,6 +171,9 @@ class Stage(TorchFunctionMode):
         super().__init__()
         self.device, self.capability, self.padded = device, capability, padded
         self.dtype = dtype
+        # On a CPU attention is the kit's own, in fp32 (`qlora_kit.fused`).
+        self.sixteen = _SIXTEEN if device == "cuda" else _SIXTEEN - {"scaled_dot_product_attention"}
+        self.fp32 = _FP32 if device == "cuda" else _FP32_CPU
         self.casting = False
         self._casts: dict[int, torch.Tensor] = {}
 
@@ -205,10 +211,10 @@ class Stage(TorchFunctionMode):
         if name == "__bool__" and args[0].device.type == "meta":
             return not self.padded
         if self.dtype is not None and (self.casting or torch.is_grad_enabled()):
-            if name in _SIXTEEN:
+            if name in self.sixteen:
                 args = tuple(self._cast(item, self.dtype) for item in args)
                 kwargs = {key: self._cast(item, self.dtype) for key, item in kwargs.items()}
-            elif name in _FP32:
+            elif name in self.fp32:
                 args = tuple(self._cast(item, torch.float32) for item in args)
                 kwargs = {key: self._cast(item, torch.float32) for key, item in kwargs.items()}
         if name == "scaled_dot_product_attention" and args[0].device.type == "meta":
@@ -230,8 +236,8 @@ class Stage(TorchFunctionMode):
     ) -> torch.Tensor:
         """Run the kernel that `scaled_dot_product_attention` picks (aten/.../transformers/sdp_utils.cpp)."""
         if self.device == "cpu":
-            # With dropout, or another gradient than flash attention's, the CPU falls back to plain products.
-            if dropout_p == 0.0 and query.dim() == 4:
+            # With dropout, or where it is told to, the CPU takes plain products.
+            if dropout_p == 0.0 and query.dim() == 4 and torch.backends.cuda.flash_sdp_enabled():
                 bias = None
                 if attn_mask is not None:
                     bias = attn_mask

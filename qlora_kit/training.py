@@ -428,6 +428,8 @@ def finetune(
                 checkpoint = checkpoints.newest_whole(folder / "checkpoints")
                 if checkpoint is not None:
                     logger.warning("Going on from %s.", checkpoint)
+                elif experiment.model.head_init == "class_means":
+                    _start_head(experiment, model, tokenizer, data, device, precision, progress)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 train_seconds = time.perf_counter() - train_started
                 # By another prefix W&B would show these as test scores.
@@ -464,7 +466,10 @@ def _settle(folder: Path, experiment: Experiment, data: TextData, resume: bool) 
             and begun.get("checksums", {}).get("data") == data.checksum
         )
     if same:
-        return Run(folder) if (folder / "training.json").is_file() else None
+        if not (folder / "training.json").is_file():
+            return None
+        _drop_checkpoints(folder, experiment)  # where the run was cut off right before it did so itself
+        return Run(folder)
     contents = [item for item in folder.iterdir() if item.name != ".lock"]
     aside = records.move_aside(folder / "experiment.yaml")
     target = folder.with_name(f"{folder.name}-{aside.name.removeprefix('experiment.yaml-')}")
@@ -529,6 +534,30 @@ def _trainer(
         ),
         compute_metrics=lambda predicted: evaluation.compute_metrics(predicted.predictions, predicted.label_ids),
     )
+
+
+def _start_head(
+    experiment: Experiment,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    data: TextData,
+    device: torch.device,
+    precision: str,
+    progress: bool,
+) -> None:
+    """Start a cosine head from the class means of the untrained model's states."""
+    states = models.forward_texts(
+        model,
+        tokenizer,
+        data.train.texts,
+        device=device,
+        precision=precision,
+        max_length=experiment.data.max_length,
+        states=True,
+        progress="class means" if progress else None,
+    )
+    models.start_head_from_class_means_(model, states, data.train.labels)
+    model.train()
 
 
 @contextlib.contextmanager
@@ -661,8 +690,12 @@ def _finish(
         )
         records.write_text(folder / "README.md", model_card(experiment, training, base.licence))
         records.write_json(folder / "training.json", training)
-        if experiment.training.checkpoints == "remove":
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _drop_checkpoints(folder, experiment)
+
+
+def _drop_checkpoints(folder: Path, experiment: Experiment) -> None:
+    if experiment.training.checkpoints == "remove":
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 MODEL_CARD = """---

@@ -87,7 +87,10 @@ def tiny_experiment(tiny):
             model=ModelSpec(str(tiny(name))),
             data=DataSpec(),
             lora=LoraSpec(r=4, alpha=8, dropout=0.1),
-            training=TrainingSpec(epochs=2, batch_size=16, learning_rate=5e-3, threads=1, logging_steps=2),
+            # fp32, so that what is compared does not depend on the CPU it runs on
+            training=TrainingSpec(
+                epochs=2, batch_size=16, learning_rate=5e-3, precision="fp32", threads=1, logging_steps=2
+            ),
         )
         return experiment.override({key.replace("__", "."): value for key, value in changes.items()})
 

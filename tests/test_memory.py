@@ -50,8 +50,17 @@ def test_the_plan_is_what_a_real_step_allocates(tiny_experiment, name: str, chan
     assert plan.parameters == measured.parameters
 
 
+def test_the_plan_is_what_a_real_step_allocates_in_the_cpus_own_precision():
+    experiment = qk.preset("minilm_banking77_qlora").override({"training.threads": 1})
+    plan = memory.plan(experiment, batch=2, length=16, device="cpu")
+    measured = memory.measure(experiment, batch=2, length=16, steps=1)
+    assert plan.total == pytest.approx(measured.total, rel=0.005)
+
+
 def test_the_plan_is_what_a_real_step_allocates_with_embeddings_in_4_bits():
-    experiment = qk.preset("minilm_banking77_qlora").override({"quantization.embeddings": "nf4", "training.threads": 1})
+    experiment = qk.preset("minilm_banking77_qlora").override(
+        {"quantization.embeddings": "nf4", "training.threads": 1, "training.precision": "fp32"}
+    )
     plan = memory.plan(experiment, batch=2, length=16, device="cpu")
     measured = memory.measure(experiment, batch=2, length=16, steps=1)
     assert plan.total == pytest.approx(measured.total, rel=0.001)

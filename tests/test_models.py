@@ -217,12 +217,17 @@ def test_bf16_is_decided_by_the_hardware(capability, hardware):
     assert models.bf16_in_hardware(capability) is hardware
 
 
-def test_16_bits_without_a_gpu_become_fp32_and_it_is_said(caplog):
+def test_a_cpu_computes_in_what_it_has_in_hardware_and_says_so(caplog, monkeypatch):
     assert models.resolve_precision("fp16", CPU) == "fp32"
-    assert "fp16 needs a GPU" in caplog.text
-    caplog.clear()
-    assert models.resolve_precision("auto", CPU) == "fp32"
-    assert not caplog.text
+    assert "does not compute in fp16" in caplog.text
+    assert models.resolve_precision("fp32", CPU) == "fp32"
+    for able in (False, True):
+        caplog.clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert models.resolve_precision("auto", CPU) == ("bf16" if able else "fp32")
+        assert not caplog.text
+        assert models.resolve_precision("bf16", CPU) == ("bf16" if able else "fp32")
+        assert ("does not compute in bf16" in caplog.text) is not able
 
 
 def test_embedded_models_come_from_their_packages_and_are_checked(monkeypatch, tmp_path):
@@ -445,3 +450,28 @@ def models_state(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_cosine_head_can_start_from_the_class_means(tiny_experiment):
+    experiment = tiny_experiment("bert", model__head="cosine", model__head_init="class_means")
+    model = models.build(experiment, ["a", "b", "c"], pad_token_id=0)
+    states = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 5, 0]], np.float32).repeat(8, axis=1)
+    before = model.get_base_model().classifier.modules_to_save["default"].weight.detach().clone()
+    models.start_head_from_class_means_(model, states, [0, 0, 1])
+    weight = model.get_base_model().classifier.modules_to_save["default"].weight.detach()
+    # Both texts of class a count alike, however long their vectors; c has none and keeps what it had.
+    assert torch.allclose(weight[0].view(4, 8)[:, 0], torch.tensor([0.25, 0.25, 0, 0]))
+    assert torch.allclose(weight[1], nn.functional.normalize(torch.from_numpy(states[2]), dim=0))
+    assert torch.equal(weight[2], before[2])
+
+
+@pytest.mark.parametrize("changes", [{"model__head": "linear"}, {"model__pooling": "sequence_classification"}])
+def test_class_means_need_a_cosine_head_on_a_mean(tiny_experiment, changes):
+    with pytest.raises(qk.KitError, match="class_means needs"):
+        tiny_experiment("bert", **{"model__head": "cosine", "model__head_init": "class_means"} | changes)
+
+
+def test_class_means_are_refused_for_a_decoder_that_pools_its_last_token(tiny_experiment):
+    experiment = tiny_experiment("gpt2", model__head="cosine", model__head_init="class_means")
+    with pytest.raises(qk.KitError, match=r"needs model\.pooling: mean"):
+        models.build(experiment, ["a", "b"], pad_token_id=0)

@@ -1,0 +1,91 @@
+"""LoRA's layer as one operation gives what PEFT's chain of modules gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from qlora_kit import fused, models
+
+BATCH = {
+    "input_ids": torch.arange(1000, 1076).view(4, 19),
+    "attention_mask": torch.tensor([[1] * 19, [1] * 19, [1] * 11 + [0] * 8, [1] * 7 + [0] * 12]),
+    "labels": torch.tensor([0, 1, 2, 3]),
+}
+
+
+def step(experiment, precision="fp32", theirs=False):
+    """Return a training step's logits and the gradients of every trained weight."""
+    model = models.build(experiment, ["a", "b", "c", "d"], pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide A's gradient
+            parameter.data.normal_(std=0.05, generator=generator)
+    if theirs:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                vars(module).pop("forward", None)
+    torch.manual_seed(0)
+    with models.computing(torch.device("cpu"), precision):
+        out = model(**BATCH)
+    out.loss.backward()
+    return out.logits.detach().float(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("scheme", ["none", "nf4", "fp4", "int4"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_step_is_that_of_peft(name, scheme, dropout, tiny_experiment):
+    experiment = tiny_experiment(name, quantization__scheme=scheme, lora__dropout=dropout)
+    logits, gradients = step(experiment)
+    peft_logits, peft_gradients = step(experiment, theirs=True)
+    assert torch.allclose(logits, peft_logits, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == peft_gradients.keys()
+    for key, gradient in gradients.items():
+        assert torch.allclose(gradient, peft_gradients[key], rtol=1e-4, atol=1e-7), key
+    assert any(gradient.abs().max() > 0 for key, gradient in gradients.items() if "lora_A" in key)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_in_bf16_it_is_as_near_to_fp32_as_peft_is(name, tiny_experiment):
+    experiment = tiny_experiment(name, lora__dropout=0.0)
+    exact = step(experiment)[1]
+
+    def away(gradients):
+        return max(float((gradients[key] - exact[key]).norm() / exact[key].norm()) for key in exact)
+
+    ours, theirs = away(step(experiment, "bf16")[1]), away(step(experiment, "bf16", theirs=True)[1])
+    assert 0 < ours < 2 * theirs
+
+
+def test_layers_that_do_more_than_plain_lora_stay_with_peft(tiny_experiment):
+    model = models.build(tiny_experiment("bert"), ["a", "b", "c", "d"], pad_token_id=0).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        adapted = model(**BATCH).logits
+        with model.disable_adapter():
+            plain = model(**BATCH).logits
+        assert not torch.allclose(adapted, plain)
+        model.merge_adapter()
+        assert torch.allclose(model(**BATCH).logits, adapted, atol=0.5)  # rounded to 4 bits again
+        model.unmerge_adapter()
+
+
+def test_int8_layers_are_left_alone(tiny_experiment):
+    model = models.build(tiny_experiment("bert", quantization__scheme="int8"), ["a", "b"], pad_token_id=0)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers and not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_attention_on_the_cpu_is_that_of_transformers(name, tiny_experiment, monkeypatch):
+    experiment = tiny_experiment(name, lora__dropout=0.0)
+    ours = step(experiment)[0]
+    monkeypatch.setattr(models, "use_cpu_attention_", lambda model: model)
+    assert torch.allclose(ours, step(experiment)[0], rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "PLAIN_UP_TO", 4)  # longer texts take torch's own kernel
+    assert torch.allclose(ours, step(experiment)[0], rtol=1e-5, atol=1e-6)
