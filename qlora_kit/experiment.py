@@ -71,7 +71,7 @@ class ModelSpec:
             raise KitError("model.name is empty: give a hub name, a folder, or embedded:minilm")
         if self.head_init == "class_means" and (self.head != "cosine" or self.pooling == "sequence_classification"):
             raise KitError(
-                "model.head_init: class_means needs model.head: cosine and model.pooling: mean; other heads start random"
+                "model.head_init: class_means needs model.head: cosine and model.pooling: mean; others start random"
             )
         _between("model.dropout", self.dropout, 0.0, 0.95)
         _at_least("model.layers", self.layers, 1)
