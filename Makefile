@@ -17,9 +17,10 @@ NOTEBOOKS ?=
 PARAMS ?=
 TORCH_INDEX ?=
 PYTHON ?=
+REPO ?=
 
 # The shell reads them from the environment, so that no quote in a value is taken apart on the way.
-export PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON
+export PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON REPO
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -27,7 +28,7 @@ SMOLLM2 := $(VENV)/.smollm2
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help venv smollm2 run-notebooks test test-long lint format audit wheel clean
+.PHONY: help venv smollm2 run-notebooks test test-long lint format audit wheel docs colab clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ audit: $(INSTALLED)  ## the pinned versions against the advisory databases (need
 
 wheel: $(INSTALLED)  ## dist/*.whl
 	$(PY) -m build --wheel --outdir dist
+
+colab: $(INSTALLED)  ## badges and set-up cells for a new address: REPO=owner/name
+	@$(PY) -m qlora_kit.colab $(if $(REPO),"$$REPO")
 
 clean:  ## removes what was built; runs/ and .venv stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

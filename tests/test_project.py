@@ -205,13 +205,6 @@ def _dotted(node: ast.AST) -> list[str]:
     return [node.id, *names] if isinstance(node, ast.Name) and names else []
 
 
-def test_the_set_up_cell_is_the_same_everywhere():
-    cells = [c for path in NOTEBOOKS for c in code_cells(path) if "set-up" in c.metadata.get("tags", ())]
-    assert len(cells) == len(NOTEBOOKS)
-    assert len({cell.source for cell in cells}) == 1
-    assert PROJECT["urls"]["Repository"] in cells[0].source
-
-
 # --- what is shipped --------------------------------------------------------------------------------------------
 
 
