@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+PARTIAL = ".partial"  # how the name of a file ends while it is being written
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -89,7 +90,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         try:
             with open(descriptor, "w", encoding="utf-8") as stream:
                 stream.write(text)
@@ -101,6 +102,13 @@ def write_text(path: str | Path, text: str) -> None:
             Path(aside).unlink(missing_ok=True)
             raise
         _sync(path.parent)
+
+
+def drop_partial(folder: Path) -> None:
+    """Delete the files in a folder that a killed process was writing; the folder must be this process's alone."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def read_json(path: str | Path) -> Any:

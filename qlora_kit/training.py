@@ -675,6 +675,7 @@ def _finish(
 ) -> None:
     """Write the run's results; `training.json` comes last, so that a run that has it is whole."""
     with records.saving(folder):
+        records.drop_partial(folder)
         for part, save in (
             ("adapter", lambda target: models.save_adapter(model, target)),
             ("tokenizer", lambda target: tokenizer.save_pretrained(str(target))),
