@@ -85,9 +85,13 @@ audit: $(INSTALLED)  ## the pinned versions against the advisory databases (need
 wheel: $(INSTALLED)  ## dist/*.whl
 	$(PY) -m build --wheel --outdir dist
 
+docs: $(INSTALLED)  ## site/: README, the API, results, and the notebooks executed in OUT
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 colab: $(INSTALLED)  ## badges and set-up cells for a new address: REPO=owner/name
 	@$(PY) -m qlora_kit.colab $(if $(REPO),"$$REPO")
 
 clean:  ## removes what was built; runs/ and .venv stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        parser = _parser()
+        parser = make_parser()
         options = parser.parse_args(arguments)
         if options.command is None:
             parser.print_help()
@@ -144,7 +144,7 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _parser() -> _Parser:
+def make_parser() -> _Parser:
     parser = _Parser(
         prog="python -m qlora_kit",
         description="4-bit fine-tuning: an experiment goes in, a run folder comes out.",

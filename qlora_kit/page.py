@@ -146,7 +146,7 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
     try:
         book = nbformat.read(notebook, as_version=4)
         for cell in book.cells:
-            cell.outputs = [output for output in map(_without_bars, cell.get("outputs", ())) if output is not None]
+            cell.outputs = [output for output in map(without_bars, cell.get("outputs", ())) if output is not None]
         body = _clean(HTMLExporter(template_name="basic").from_notebook_node(book)[0])
     except Exception as error:  # A notebook cut off while it was being written must not hide what came before.
         body = f"<p>{_text(notebook.name)} cannot be read: {_text(error)}</p>"
@@ -154,7 +154,7 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
     write_text(page, _document(notebook.stem, back + body, _NOTEBOOK_STYLE))
 
 
-def _without_bars(output: Any) -> Any:
+def without_bars(output: Any) -> Any:
     """Return an output without the progress bars in it, or None where nothing else is; they are over."""
     if output.get("name") == "stderr":
         lines = [line for line in re.split(r"[\r\n]+", output["text"]) if line.strip("\x1b[A ")]

@@ -61,7 +61,7 @@ def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[st
     for command in commands:
         words = shlex.split(command.partition("   ")[0] if "--data" not in command else command)
         words = words[: words.index("<")] if "<" in words else words
-        assert cli._parser().parse_args(words).command == words[0], command
+        assert cli.make_parser().parse_args(words).command == words[0], command
 
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
