@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+# What safetensors, tokenizers and torch say of a disk that is full: they write by themselves and raise no OSError.
+FULL = re.compile("No space left on device|Disk quota exceeded|iostream error|inline_container")
 PARTIAL = ".partial"  # how the name of a file ends while it is being written
 RECORDED_PACKAGES = (
     "torch",
@@ -174,16 +178,17 @@ def saving(path: str | Path) -> Iterator[None]:
     """Turn a full or read-only disk into one clear error for a block that saves to `path`."""
     try:
         yield
-    except OSError as error:
-        import errno
-
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except KitError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and FULL.search(str(error))):
             raise KitError(
                 f"there is no room left on the disk for {path}. What was saved before is whole; make room (or "
                 "choose another folder) and run the same command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise KitError(f"{path} cannot be written: {error.strerror}. Choose another folder") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise KitError(f"{path} cannot be written: {os.strerror(number)}. Choose another folder") from error
         raise
 
 
@@ -469,6 +474,25 @@ class Run:
         ).reshape(len(texts), len(self.label_names))
         ids = logits.argmax(axis=1) if len(texts) else np.zeros(0, np.int64)
         return Predictions([self.label_names[index] for index in ids], ids, evaluation.probabilities(logits), logits)
+
+    def merge(self, to: str | Path, *, dtype: str = "fp32", progress: bool = True) -> dict[str, Any]:
+        """Merge the adapters into the full-precision base, for plain transformers (see `export.merge`)."""
+        from . import export
+
+        return export.merge(self, to, dtype=dtype, progress=progress)
+
+    def write_card(self) -> Path:
+        """Write the model card anew, with the test's figures once the run is evaluated; return its path."""
+        from . import export
+
+        write_text(self.path / "README.md", export.card(self))
+        return self.path / "README.md"
+
+    def push_to_hub(self, repo: str, *, private: bool = True, token: str | None = None, merged: bool = False) -> str:
+        """Upload adapters, tokenizer, card and records to the hub, or the merged model (see `export.push`)."""
+        from . import export
+
+        return export.push(self, repo, private=private, token=token, merged=merged)
 
 
 def load_run(folder: str | Path) -> Run:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before anything that imports bitsandbytes by itself.
 from . import _bnb  # noqa: F401  # isort: skip
@@ -24,6 +24,9 @@ from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
 from .records import Run
+
+if TYPE_CHECKING:
+    from . import memory
 
 logger = logging.getLogger(__name__)
 
@@ -562,7 +565,7 @@ def _start_head(
 
 @contextlib.contextmanager
 def _readable_memory(experiment: Experiment) -> Iterator[None]:
-    """Turn CUDA's out-of-memory error into one message with what to try."""
+    """Turn CUDA's out-of-memory error into one message with what the plan says would fit, and what to try."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -574,8 +577,40 @@ def _readable_memory(experiment: Experiment) -> Iterator[None]:
             tries.append("quantization.scheme nf4")
         raise TrainingError(
             f"the GPU's memory does not suffice for batch {spec.batch_size} of up to {experiment.data.max_length} "
-            f"tokens. Try {'; or '.join(tries)}. Checkpoints written so far are whole."
+            f"tokens. {_plan_says(experiment)}Try {'; or '.join(tries)}. Checkpoints written so far are whole."
         ) from error
+
+
+def _plan_says(experiment: Experiment, device: memory.Device | None = None) -> str:
+    """Return what the plan says of a batch that did not fit, and which would; empty where there is no plan."""
+    from . import memory
+
+    spec, length = experiment.training, experiment.data.max_length
+    try:
+        device = device or memory.find_device()
+        planned, fitting = {}, {}
+        for recompute in {spec.gradient_checkpointing, True} if device.bytes else ():
+            estimate = memory.Estimate(experiment.override({"training.gradient_checkpointing": recompute}), device)
+            planned[recompute] = estimate.bytes(spec.batch_size, length)
+            batch = spec.batch_size
+            while batch and estimate.bytes(batch, length) > device.bytes:
+                batch //= 2
+            fitting[recompute] = batch
+    except Exception as error:
+        # The error that is being told is worth more than its plan.
+        logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)
+        return ""
+    if not planned:
+        return ""
+    words = f"The plan says {planned[spec.gradient_checkpointing] / 2**20:,.0f} MiB of {device.bytes / 2**20:,.0f}"
+    if fitting[spec.gradient_checkpointing] == spec.batch_size:
+        return f"{words} MiB, which fits: look whether something else is on the GPU (nvidia-smi). "
+    would = [
+        f"batch {batch}{' with' if recompute else ' without'} checkpointing"
+        for recompute, batch in sorted(fitting.items())
+        if batch
+    ]
+    return f"{words} MiB; {' or '.join(would) or 'not even one row'} would fit. "
 
 
 def _summary(

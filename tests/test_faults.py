@@ -5,17 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import re
+import subprocess
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_training import CPU, untimed, weights_of
+from transformers import TrainerCallback
 
 import qlora_kit as qk
+from qlora_kit import checkpoints, memory, models, training
 from qlora_kit.errors import KitError
 
 # ---- bad data: a good table, and one fault at a known place ----
@@ -241,3 +247,155 @@ def test_a_file_cut_off_at_any_byte_is_a_whole_beginning_or_refused(tmp_path):
         path.write_bytes(whole[:at])
         with pytest.raises(KitError, match=r"rows\.parquet"):
             qk.text_classification(path, test=0.2, validation=0.2)
+
+
+# ---- training: no room, no memory, a loss that is no number ----
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of one step."""
+
+    def __init__(self, step: int, action) -> None:
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(**kwargs)
+
+
+def no_memory(**kwargs):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny):
+    from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec
+
+    return Experiment(
+        name="tiny_bert",
+        model=ModelSpec(str(tiny("bert"))),
+        lora=LoraSpec(r=4, alpha=8, dropout=0.1),
+        training=TrainingSpec(epochs=2, batch_size=16, learning_rate=5e-3, threads=1, checkpoint_steps=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, topics, tmp_path_factory):
+    return qk.finetune(experiment, data=topics, out=tmp_path_factory.mktemp("whole"), progress=False)
+
+
+def assert_same(run, whole):
+    one, other = weights_of(whole), weights_of(run)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert untimed(run.training) == untimed(whole.training)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a disk of its own and a function that sets its size in KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"a small disk cannot be made here: {made.stderr.strip()}")
+    yield disk, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(disk)], check=True)
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_and_with_more_room_it_goes_on_to_the_same_bits(small_disk, whole, experiment, topics):
+    disk, resize = small_disk
+    run, refusals = None, set()
+    for size in range(40, 4000, 100):
+        resize(size)
+        try:
+            run = qk.finetune(experiment, data=topics, out=disk, progress=False)
+            break
+        except KitError as error:
+            assert "no room left on the disk" in str(error), error
+            refusals.add(type(error.__cause__).__name__)
+        for checkpoint in checkpoints.listed(disk / "tiny_bert_seed0" / "checkpoints"):
+            assert checkpoints.problem(checkpoint) is None
+    # Python's own words, and those of the libraries that write by themselves.
+    assert {"OSError", "SafetensorError"} <= refusals
+    assert_same(run, whole)
+    assert sorted(p.name for p in run.path.iterdir()) == sorted(p.name for p in whole.path.iterdir())
+
+
+def test_no_memory_on_the_gpu_is_told_and_what_was_saved_goes_on(whole, experiment, topics, tmp_path):
+    with pytest.raises(training.TrainingError, match=r"batch 16 of up to 128 tokens\. Try training.batch_size 8 with"):
+        qk.finetune(experiment, data=topics, out=tmp_path, progress=False, callbacks=[At(6, no_memory)])
+    assert_same(qk.finetune(experiment, data=topics, out=tmp_path, progress=False), whole)
+
+
+def test_the_plan_says_which_batch_would_fit(experiment):
+    device = memory.Device("small", 64 * 2**20, (7, 5))
+    said = training._plan_says(experiment.override({"training.batch_size": 512}), device)
+    batches = {how: int(batch) for batch, how in re.findall(r"batch (\d+) (with|without) checkpointing", said)}
+    assert "64 MiB" in said and batches.keys() == {"with", "without"}
+    for how, batch in batches.items():
+        estimate = memory.Estimate(experiment.override({"training.gradient_checkpointing": how == "with"}), device)
+        assert estimate.bytes(batch, 128) <= device.bytes < estimate.bytes(2 * batch, 128)
+    assert "which fits: look whether something else" in training._plan_says(experiment, device)
+    tiny = memory.Device("tiny", 2**20, (7, 5))
+    assert "not even one row would fit" in training._plan_says(experiment, tiny)
+
+
+def test_an_error_is_told_even_where_there_is_no_plan(experiment, caplog):
+    broken = experiment.override({"model.name": "./nowhere"})
+    assert training._plan_says(broken, memory.DEVICES["T4"]) == ""
+    assert "no memory plan" in caplog.text
+    with pytest.raises(training.TrainingError, match="memory does not suffice"), training._readable_memory(broken):
+        no_memory()
+
+
+def test_a_run_that_diverges_keeps_its_best_checkpoint(experiment, topics, tmp_path):
+    def leap(optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e30
+
+    # Two good epochs of ten steps, then one step that is far too long.
+    changes = {"training.epochs": 4, "training.logging_steps": 1, "training.checkpoint_steps": None}
+    spec = experiment.override(changes)
+    with pytest.raises(training.TrainingError) as caught:
+        qk.finetune(spec, data=topics, out=tmp_path, progress=False, callbacks=[At(22, leap)])
+    said = re.search(
+        r"(loss|grad_norm) is (nan|inf) at step (\d+) \(learning rate (\S+)\)\. "
+        r"Try a learning rate of 0\.0017.*Kept: (\S+)",
+        str(caught.value),
+    )
+    assert said and int(said[3]) in (23, 24) and 0 < float(said[4]) < 5e-3
+    kept = Path(said[5])
+    assert kept.name in ("checkpoint-10", "checkpoint-20") and checkpoints.problem(kept) is None
+    model = models.build(spec, topics.label_names, device=CPU, pad_token_id=0)
+    models.load_weights_(model, kept / "adapter")
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.is_floating_point())
+    # A gentler experiment begins anew, and what is kept is moved aside, not lost.
+    again = qk.finetune(spec.override({"training.epochs": 1}), data=topics, out=tmp_path, progress=False)
+    (aside,) = [item for item in tmp_path.iterdir() if item != again.path]
+    assert checkpoints.problem(aside / "checkpoints" / kept.name) is None
+
+
+@pytest.mark.parametrize("damage", ["missing", "shortened", "changed", "added", "no manifest", "strange manifest"])
+def test_a_damaged_checkpoint_of_any_kind_is_passed_over(experiment, topics, tmp_path, caplog, damage):
+    def fill(folder):
+        for name in ("a.safetensors", "optimizer.pt"):
+            (folder / name).write_bytes(bytes(range(256)))
+
+    before, newest = (checkpoints.write(tmp_path, step, fill) for step in (9, 10))
+    file = newest / "optimizer.pt"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "shortened":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "changed":
+        file.write_bytes(b"x" + file.read_bytes()[1:])
+    elif damage == "added":
+        (newest / "training_args.bin").write_bytes(b"x")
+    elif damage == "no manifest":
+        (newest / checkpoints.MANIFEST).unlink()
+    else:
+        (newest / checkpoints.MANIFEST).write_text('{"sha256": ["optimizer.pt"]}')
+    assert checkpoints.newest_whole(tmp_path) == before
+    assert f"Passed over {newest}" in caplog.text
