@@ -32,13 +32,17 @@ _EXPORTS = {
     "Run": "records",
     "load_run": "records",
     "newest_run": "records",
+    "zip_results": "export",
 }
 _MODULES = (
     "anatomy",
+    "claims",
+    "cards",
     "data",
     "errors",
     "evaluation",
     "experiment",
+    "export",
     "int4",
     "memory",
     "models",
@@ -47,6 +51,7 @@ _MODULES = (
     "quantization",
     "records",
     "rerun",
+    "tracking",
     "training",
 )
 
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
     from .experiment import preset as preset
     from .experiment import presets as presets
     from .experiment import resolve_preset as resolve_preset
+    from .export import zip_results as zip_results
     from .quantization import Quantization as Quantization
     from .records import Run as Run
     from .records import load_run as load_run

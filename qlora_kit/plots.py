@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -148,6 +149,13 @@ def styled(draw: Callable[_Args, KitFigure]) -> Callable[_Args, KitFigure]:
             return draw(*args, **kwargs)
 
     return in_style
+
+
+def short_device(device: str) -> str:
+    """Return a device's name as a figure has room for it: `H100` for NVIDIA's full name, `CPU` for any processor."""
+    if not device.startswith(("NVIDIA", "Tesla")):
+        return "CPU" if device.endswith(("core", "cores")) else device
+    return device.removeprefix("NVIDIA ").removeprefix("Tesla ").split(" ")[0]
 
 
 # ---- data ----
@@ -468,6 +476,81 @@ def _seeds(axes: Axes, place: int, scores: Sequence[float], colour: str) -> None
     axes.plot(scores, [place] * len(scores), "o", color=colour, markersize=7, alpha=0.45, markeredgewidth=0)
     axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=3)
     axes.annotate(f"{mean:.4f}", (mean, place - 0.32), ha="center", va="bottom", fontsize=11)
+
+
+@styled
+def intervals(
+    rows: Sequence[Mapping[str, Any]], reference: float, margin: float | None = None, xlabel: str = "", title: str = ""
+) -> KitFigure:
+    """Draw numbers with their intervals about a reference: differences about 0, ratios about 1.
+
+    Args:
+        rows: Each with `label`, `value` and, where it has an interval, `low` and `high`.
+        reference: Drawn as a line: where two contenders are level.
+        margin: Drawn as a band about the reference: what counts as level all the same.
+        xlabel: Of the axis.
+        title: Of the figure.
+
+    Returns:
+        A point a row, the first at the top.
+    """
+    figure, axes = new(height=1.5 + 0.72 * len(rows))
+    ends = [reference, *(row[key] for row in rows for key in ("value", "low", "high") if row.get(key) is not None)]
+    if margin is not None:
+        ends += [reference - margin, reference + margin]
+        axes.axvspan(reference - margin, reference + margin, color=SKY, alpha=0.18, linewidth=0)
+    axes.axvline(reference, color=BLACK, linewidth=1.2, linestyle=(0, (4, 3)))
+    room = max(max(ends) - min(ends), 1e-9)
+    for place, row in enumerate(rows):
+        if row.get("low") is not None and row.get("high") is not None:
+            axes.plot([row["low"], row["high"]], [place, place], color=BLUE, linewidth=3, solid_capstyle="butt")
+        axes.plot(row["value"], place, "o", color=BLUE, markersize=9)
+        # The label above its line: beside it, the axis would be left with no room.
+        axes.annotate(
+            _cut(str(row["label"]), 62), (0, place - 0.3), (2, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", fontsize=11,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
+        )  # fmt: skip
+    axes.set_xlim(min(ends) - 0.06 * room, max(ends) + 0.06 * room)
+    axes.set_ylim(len(rows) - 0.5, -0.75)
+    axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel(xlabel)
+    axes.set_title(title)
+    return figure
+
+
+@styled
+def stability(curves: Sequence[Mapping[str, Any]]) -> KitFigure:
+    """Draw the training loss and the gradient norm of several runs, coloured by method.
+
+    Args:
+        curves: Each with `method` (`qlora`, `lora`, `full` or another) and the lists `step`, `loss` and
+            `grad_norm`, with None where a step has none.
+
+    Returns:
+        Two panels over the optimizer's steps.
+    """
+    colours = {"qlora": BLUE, "lora": ORANGE, "full": RED}
+    names = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
+    counts = Counter(curve["method"] for curve in curves)
+    figure, (top, bottom) = new(height=5.4, rows=2, sharex=True)
+    for curve in curves:
+        method = curve["method"]
+        runs = counts.pop(method, 0)  # the legend has one line for each method
+        label = f"{names.get(method, method)}, {runs} run{'s' * (runs > 1)}" if runs else None
+        for axes, key in ((top, "loss"), (bottom, "grad_norm")):
+            values = np.array([np.nan if value is None else value for value in curve[key]], dtype=float)
+            axes.plot(curve["step"], values, color=colours.get(method, GREY), linewidth=1.1, alpha=0.7,
+                      label=label if axes is top else None)  # fmt: skip
+    top.set_title("Training loss")
+    top.set_ylim(bottom=0)
+    top.legend(loc="upper right")
+    bottom.set_title("Gradient norm, before clipping")
+    bottom.set_yscale("log")
+    bottom.set_xlabel("step")
+    return figure
 
 
 @styled
@@ -1074,6 +1157,64 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     right.set_xlim(0, 2.6 * slowest)
     right.xaxis.set_major_locator(MaxNLocator(2))
     right.set_xlabel("training time, s")
+    return figure
+
+
+CONTENDER_NAMES = {
+    "recipe": "explained recipe",
+    "padded_longest": "Trainer, padded to the longest",
+    "grouped": "Trainer, grouped by length",
+    "compiled": "Trainer, torch.compile",
+    "unsloth": "unsloth",
+    "ours_eager": "qlora_kit, eager",
+    "ours": "qlora_kit",
+}
+
+
+@styled
+def speed(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]] = ()) -> KitFigure:
+    """Draw how many texts a second each way of training reaches.
+
+    Args:
+        rows: Rows of results/speed.json; of those without a figure the record says what stopped them.
+        limits: Its `limit`: drawn as a dashed line where it belongs to a panel.
+
+    Returns:
+        A panel for each model, method, precision and batch, on one scale where they share a model; longer is faster.
+    """
+    fields = list(dict.fromkeys((r["model"], r["method"], r["precision"], r["batch"], r["device"]) for r in rows))
+    names = [name for name in CONTENDER_NAMES if any(row["contender"] == name for row in rows)]
+    figure, panels = new(height=(0.9 + 0.42 * len(names)) * len(fields), rows=len(fields), squeeze=False)
+    for (model, method, precision, batch, device), axes in zip(fields, panels[:, 0], strict=True):
+        field = (model, method, precision, batch, device)
+        mine = {
+            row["contender"]: row
+            for row in rows
+            if (row["model"], row["method"], row["precision"], row["batch"], row["device"]) == field
+        }
+        most = max([row["samples_per_second"] or 0.0 for row in mine.values()] or [1.0]) or 1.0
+        for place, name in enumerate(names):
+            row = mine.get(name, {})
+            rate = row.get("samples_per_second")
+            text = f"{rate:,.0f}" if rate else "could not run" if row else "not run"
+            low, high = row.get("samples_per_second_range") or (0.0, 0.0)
+            if rate:
+                axes.barh(place, rate, height=0.6, color=BLUE if name.startswith("ours") else GREY)
+                axes.plot([low, high], [place, place], color=BLACK, linewidth=1)
+            axes.annotate(text, (high, place), (6, 0), textcoords="offset points", va="center")
+        for limit in limits:
+            if (limit["model"], limit["method"], limit["precision"], limit["batch"], limit["device"]) == field:
+                bound = limit["samples_per_second"]
+                if bound < 2.5 * most:
+                    axes.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.5)
+                axes.set_xlabel(f"texts a second (limit of the arithmetic: {bound:,.0f})")
+        title = f"{model}, {method}, {precision}, batch {batch}, {short_device(device)}"
+        axes.set_title(title, loc="left", fontsize=12)
+        axes.set_yticks(range(len(names)), [CONTENDER_NAMES[name] for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.margins(x=0.14)
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", visible=False)
     return figure
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import KitError
 
 # results/ files whose rows the contracts spell out; any other has the common frame alone.
-RESULTS = ("accuracy", "schemes", "memory", "speed", "inference")
+RESULTS = ("accuracy", "tuning", "schemes", "memory", "speed", "inference")
 _RECORD = re.compile(r"\d\d_\w+")
 
 
