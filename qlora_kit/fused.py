@@ -84,8 +84,19 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return layer.dequantize(dtype)
     weight: Any = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        return _dequantized(weight.data, weight.quant_state, dtype)
     return (weight.T if isinstance(layer, Conv1D) else weight).to(dtype)
+
+
+def _dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    # bitsandbytes' own function has no choice of dtype; a cast after it would be another pass over the weight.
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed, absmax, state.blocksize, state.quant_type, state.shape, dtype
+    )
+    return weight
 
 
 def fuse_(model: nn.Module) -> nn.Module:

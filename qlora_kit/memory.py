@@ -343,7 +343,9 @@ def _precision(experiment: Experiment, where: Device) -> str:
 
 def _skeleton(experiment: Experiment, precision: str, labels: int, where: Device) -> nn.Module:
     """Build the experiment's model on the meta device: every shape and dtype, no weight."""
-    changed = experiment.override({"training.precision": precision, "model.random_weights": True})
+    # A CPU stores in fp32 what is not quantized (`models.build_classifier`).
+    stored = "fp32" if where.kind == "cpu" else precision
+    changed = experiment.override({"training.precision": stored, "model.random_weights": True})
     names = [f"label {place}" for place in range(labels)]
     rng = torch.get_rng_state()
     try:

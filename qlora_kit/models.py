@@ -662,8 +662,10 @@ def build_classifier(
     config.use_cache = False
     _set_dropout(config, spec.dropout)
     precision = resolve_precision(experiment.training.precision, device)
-    # In full fine-tuning every weight is trained, and what is trained is fp32.
-    dtype = torch.float32 if experiment.lora is None else COMPUTE_DTYPES[precision]
+    # In full fine-tuning every weight is trained, and what is trained is fp32. A CPU's bf16 is for training's matrix
+    # products alone: what is not quantized stays fp32 there, so that it predicts in fp32 with the same weights.
+    plain = experiment.lora is None or device.type == "cpu"
+    dtype = torch.float32 if plain else COMPUTE_DTYPES[precision]
     auto = transformers.AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
     with torch.device("meta"), quiet(), _readable(spec.name):
         skeleton = auto.from_config(config)
@@ -1170,7 +1172,7 @@ def forward_texts(
         tokenizer: Its tokenizer.
         texts: The texts.
         device: Where the model is.
-        precision: `fp32`, `fp16` or `bf16`.
+        precision: `fp32`, `fp16` or `bf16`. A CPU computes this in fp32 whatever it trained in.
         max_length: Longest text in tokens.
         batch_size: Texts a forward pass.
         too_long: `cut` or `refuse`, as in `DataSpec`.
@@ -1190,7 +1192,7 @@ def forward_texts(
     rows: list[np.ndarray | None] = [None] * len(ids)
     model.eval()
     bar = tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None)
-    with torch.inference_mode(), computing(device, precision), bar:
+    with torch.inference_mode(), computing(device, "fp32" if device.type == "cpu" else precision), bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             longest = max(len(ids[row]) for row in chosen)
