@@ -34,7 +34,22 @@ your own texts, with a column of texts and one of labels:
 everything at once, with figures and one page of results:
   python -m qlora_kit run-notebooks --preset minilm_banking77_smoke --out runs/smoke
 
+before it trains, what it will take; and whether an old run comes out the same here:
+  python -m qlora_kit plan minilm_banking77_qlora --device T4
+  python -m qlora_kit rerun runs/minilm_banking77_qlora_seed0
+
 `python -m qlora_kit COMMAND --help` shows more of each.
+Exit code: 0; 2 for bad input, with one line that says what to do; 1 for a failure.
+"""
+
+PRESETS_EXAMPLES = """\
+examples:
+  python -m qlora_kit presets                                 their names, one a line, with what each is
+  python -m qlora_kit presets minilm_banking77_qlora          all its fields
+  python -m qlora_kit presets minilm_banking77_qlora > mine.yaml
+  python -m qlora_kit finetune mine.yaml                      after changing it
+
+A preset's name is MODEL_DATA_METHOD; `presets auto` prints the one that this machine would take.
 """
 
 FINETUNE_EXAMPLES = """\
@@ -59,6 +74,15 @@ Nothing is downloaded but a model's configuration, and no GPU is needed. Shapes 
 smollm2-135m, llama-1.1b, llama-3b, llama-7b, llama-13b, llama-30b, llama-65b.
 """
 
+EVALUATE_EXAMPLES = """\
+examples:
+  python -m qlora_kit evaluate runs/minilm_banking77_qlora_seed0
+  python -m qlora_kit evaluate runs/tickets --no-baselines    quicker: the baselines are trained for it
+
+Prints each metric with its 95% interval, and writes evaluation.json into the run folder, which has more: every
+label's, the confusions, the calibration. A row is printed for each baseline: fine-tuning has to be ahead of them.
+"""
+
 PREDICT_EXAMPLES = """\
 examples:
   python -m qlora_kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
@@ -74,6 +98,15 @@ examples:
 RECORD is a finished run folder, a file in it, or the record of a notebook that trained or tested. The experiment runs
 again into OUT; then each difference is told: device, threads, versions, commit, data, base weights, and every result
 (times and memory aside), to the last bit or by how much. Exit code 0: the same results; 1: others; 2: no such record.
+"""
+
+CHECK_EXAMPLES = """\
+examples:
+  python -m qlora_kit check runs/latest                       every record below it
+  python -m qlora_kit check results/accuracy.json
+
+Exit code 0: all records are what the schemas in qlora_kit/schemas say; 1: the first line says which one is not, and
+why; also where there is no record at all.
 """
 
 NOTEBOOK_EXAMPLES = """\
@@ -140,11 +173,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(text: str, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
-    print(text if code == 1 and "\n" in text else f"qlora_kit: {text}", file=sys.stderr, flush=True)
+    text = _harmless(text if code == 1 and "\n" in text else f"qlora_kit: {text}")
+    print(text, file=sys.stderr, flush=True)
     return code
 
 
-def make_parser() -> _Parser:
+def _harmless(text: str) -> str:
+    """Return text with what would steer a terminal (escape sequences in somebody's label, say) spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, with their help."""
     parser = _Parser(
         prog="python -m qlora_kit",
         description="4-bit fine-tuning: an experiment goes in, a run folder comes out.",
@@ -155,7 +195,7 @@ def make_parser() -> _Parser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, words: str, run: Any, examples: str = "") -> argparse.ArgumentParser:
+    def command(name: str, words: str, run: Any, examples: str) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=words,
@@ -167,7 +207,9 @@ def make_parser() -> _Parser:
         added.set_defaults(run=run)
         return added
 
-    presets = command("presets", "list the presets, or print one as YAML with all its fields", _presets)
+    presets = command(
+        "presets", "list the presets, or print one as YAML with all its fields", _presets, PRESETS_EXAMPLES
+    )
     presets.add_argument("name", nargs="?", help="a preset, auto, or an experiment's YAML file")
 
     plan = command("plan", "say what a training step will take, and how far a GPU reaches", _plan, PLAN_EXAMPLES)
@@ -194,7 +236,7 @@ def make_parser() -> _Parser:
     )
     finetune.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    evaluate = command("evaluate", "test a finished run and write its evaluation.json", _evaluate)
+    evaluate = command("evaluate", "test a finished run and write its evaluation.json", _evaluate, EVALUATE_EXAMPLES)
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
     evaluate.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
     evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -221,7 +263,7 @@ def make_parser() -> _Parser:
         "--params", action="append", default=[], metavar="NAME=VALUE", help="parameters, several in one text if wished"
     )
 
-    check = command("check", "check records against the JSON Schemas of the contracts", _check)
+    check = command("check", "check records against the JSON Schemas of the contracts", _check, CHECK_EXAMPLES)
     check.add_argument("paths", nargs="+", metavar="PATH", help="record files, or folders with records in them")
     return parser
 
@@ -359,7 +401,7 @@ def _predict(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"text": text, "label": best[0][0], "probabilities": dict(best)}, ensure_ascii=False))
         else:
-            print(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best))
+            print(_harmless(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best)))
     return 0
 
 

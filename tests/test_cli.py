@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,26 +45,36 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
     for command in cli.COMMANDS:
         assert command in plain
     assert "tickets.csv" in plain and 'predict runs/minilm_banking77_qlora_seed0 "My card' in plain
-    for command in ("finetune", "predict", "rerun", "run-notebooks"):
-        with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
-        assert f"examples:\n  python -m qlora_kit {command}" in capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert f"examples:\n  python -m qlora_kit {command}" in help_of(capsys, command)
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]):
-    import shlex
+def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    with pytest.raises(SystemExit) as done:
+        cli.main([*command, "--help"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
 
-    examples = cli.EXAMPLES + cli.FINETUNE_EXAMPLES + cli.PREDICT_EXAMPLES + cli.RERUN_EXAMPLES + cli.NOTEBOOK_EXAMPLES
-    lines = examples.replace("\\\n", " ").splitlines()
-    commands = [line.partition("qlora_kit ")[2] for line in lines if line.strip().startswith("python -m qlora_kit ")]
-    assert len(commands) > 10
-    for command in commands:
-        words = shlex.split(command.partition("   ")[0] if "--data" not in command else command)
-        words = words[: words.index("<")] if "<" in words else words
-        assert cli.make_parser().parse_args(words).command == words[0], command
+
+def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]):
+    for command in ((), *((name,) for name in cli.COMMANDS)):
+        text = re.sub(r" \\\n +", " ", help_of(capsys, *command))
+        lines = [line.strip() for line in text.splitlines() if line.startswith("  python -m qlora_kit ")]
+        assert len(lines) > 1, command
+        for line in lines:
+            # Behind three spaces stands what the command does; behind < or > what the shell takes.
+            words = shlex.split(re.split(r" {3,}| [<>] ", line)[0])[3:]
+            assert cli.make_parser().parse_args(words).command == words[0], line
+
+
+def test_every_option_says_what_it_is_for():
+    (commands,) = (a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert tuple(commands.choices) == cli.COMMANDS
+    for name, command in commands.choices.items():
+        assert all(action.help for action in command._actions), name
 
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
