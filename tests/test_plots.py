@@ -52,6 +52,16 @@ def record(steps: int, epochs: int, rates=("learning_rate",), best=None, timing=
     }
 
 
+def race() -> list[dict]:
+    field = {"model": "minilm", "precision": "bf16", "batch": 32, "device": "CPU, 2 cores"}
+    rates = {"recipe": 20.0, "grouped": 127.0, "unsloth": None, "ours": 221.0}
+    return [
+        {**field, "method": method, "contender": name, "samples_per_second": rate, "problem": "no module" * 20}
+        for method in ("qlora", "lora")
+        for name, rate in rates.items()
+    ]
+
+
 def score(value: float) -> dict:
     return {name: {"value": value, "low": value - 0.01, "high": value + 0.009} for name in evaluation.METRICS}
 
@@ -94,6 +104,7 @@ def figures() -> dict[str, plots.KitFigure]:
         "most confused": plots.most_confused(matrix, names),
         "most confused, few": plots.most_confused(few_matrix, HOSTILE),
         "most confused, perfect": plots.most_confused([[1, 0], [0, 2]], "ab"),
+        "speed": plots.speed(race(), [{**race()[0], "samples_per_second": 400.0}]),
         "reliability": plots.reliability(evaluation.calibration(logits, labels)),
         "reliability, perfect": plots.reliability(evaluation.calibration(two_logits, two_labels)),
     }

@@ -1,0 +1,512 @@
+r"""Race ways of training against each other: results/speed.json and results/speed.png.
+
+    python benchmarks/speed.py                          # this machine's default model; on a GPU DialoGPT-medium's shape
+    python benchmarks/speed.py --models minilm --batches 32 --precisions fp32 bf16 --contenders grouped ours
+
+Contenders, each a real `Trainer.train()` on Banking77's questions in a process of its own:
+
+    recipe          the explained recipe: padded to 128, gradient checkpointing, paged 8-bit AdamW
+    padded_longest  transformers' Trainer, each batch padded to its longest row
+    grouped         transformers' Trainer with train_sampling_strategy="group_by_length"
+    compiled        grouped, with torch_compile=True
+    unsloth         unsloth's model and Trainer, where it is installed and knows the shape
+    ours            KitTrainer as a run has it
+
+All but `ours` have PEFT's own layers and transformers' own attention. The processes are built one after the other,
+then take turns: each trains `--steps` steps while the others wait, `--repeats` times over, so that what the machine
+does besides falls on all alike (a GPU's host varies by two). `step_seconds` and `samples_per_second` are medians over
+the repeats, data loading, clipping and optimizer included; `start_seconds` is from the process's start to its first
+finished step. On CUDA `device_seconds` is what a step's kernels take (from the profiler, in a repeat of its own) and
+`peak_bytes` the most bytes allocated; on a CPU the former does not exist and the latter is the resident set. Weights
+are random where the model's own are not on this machine: speed and memory do not depend on them.
+
+`limit` counts what a step cannot do without (operations of its matrix products; bytes of frozen weights read twice and
+of trained weights, gradients and AdamW's state) for real tokens alone, over the ceilings that this device reaches in a
+matrix product and a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+BORN = time.perf_counter()
+
+MODELS = {
+    "minilm": "minilm_banking77",
+    "dialogpt-medium": "dialogpt-medium_banking77",
+    "smollm2-135m": "smollm2-135m_banking77",
+}
+CONTENDERS = ("recipe", "padded_longest", "grouped", "compiled", "unsloth", "ours_eager", "ours")
+PADDING = {"recipe": "max_length", "padded_longest": "longest", "grouped": "grouped", "compiled": "grouped"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
+    parser.add_argument("--methods", nargs="+", choices=["qlora", "lora"], default=["qlora", "lora"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
+    parser.add_argument("--batches", nargs="+", type=int, default=None)
+    parser.add_argument("--precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=None)
+    parser.add_argument("--steps", type=int, default=50, help="a repeat; group_by_length sorts by 50 batches")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="results/speed.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows of --out that this command does not make")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        model, method, contender, precision, batch = options.one
+        compete(model, method, contender, precision, int(batch), options.steps)
+        return 0
+    return race_all(options)
+
+
+def race_all(options: argparse.Namespace) -> int:
+    import torch
+
+    from qlora_kit import models, plots, records
+
+    cuda = torch.cuda.is_available()
+    options.models = options.models or (["dialogpt-medium"] if cuda else ["minilm"])
+    options.batches = options.batches or ([8, 32, 64] if cuda else [32])
+    native = models.resolve_precision("auto", models.default_device())
+    options.precisions = options.precisions or ([native] if cuda else sorted({"fp32", native}))
+    # On a CPU compiling takes minutes a shape, and the kit captures no graphs there: ours is ours_eager.
+    options.contenders = options.contenders or (
+        list(CONTENDERS) if cuda else ["recipe", "padded_longest", "grouped", "ours"]
+    )
+    rows: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    for model in options.models:
+        for batch in options.batches:
+            for precision in options.precisions:
+                # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
+                rows += race(options, model, precision, batch)
+                limits += [limit(model, method, precision, batch) for method in options.methods]
+    environment = records.environment(models.default_device())
+    for row in rows:
+        row["environment"] = environment
+    with contextlib.suppress(OSError):
+        if options.append:
+            before = records.read_json(options.out)
+            rows = merged(before["rows"], rows)
+            limits = merged(before.get("limit", []), limits)
+    command = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows, "limit": limits}
+    records.write_json(options.out, result)
+    out = Path(options.out)
+    plots.save(plots.speed(rows, limits), out.parent, out.stem)
+    print(f"written: {options.out}")
+    return 0
+
+
+KEYS = ("model", "contender", "method", "precision", "batch", "device")
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in KEYS)
+
+    made = {key(row) for row in new}
+    return [row for row in old if key(row) not in made] + new
+
+
+# --- the driver -------------------------------------------------------------------------------------------------
+
+
+class Racer:
+    """A contender's process: it trains a repeat's steps whenever it is told to, and tells how long they took."""
+
+    def __init__(
+        self, options: argparse.Namespace, model: str, method: str, contender: str, precision: str, batch: int
+    ):
+        self.key = {"model": model, "contender": contender, "method": method, "precision": precision, "batch": batch}
+        self.times: list[dict[str, float]] = []
+        self.start: dict[str, Any] = {}
+        self.problem: str | None = None
+        command = [sys.executable, __file__, "--steps", str(options.steps)]
+        command += ["--one", model, method, contender, precision, str(batch)]
+        environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Let it go on, and return what it reports; a process that ends instead has failed, and says why."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{word}\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                report: dict[str, Any] = json.loads(line)
+                self.problem = report.get("problem")
+                return report
+        self.problem = self.problem or f"ended with code {self.process.wait()}"
+        return {}
+
+    def name(self) -> str:
+        """Return what a line about it begins with."""
+        return "{model} {method} {contender} {precision} batch {batch}".format(**self.key)
+
+
+def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> list[dict[str, Any]]:
+    """Let all contenders of one model, precision and batch take turns."""
+    racers = []
+    for method in options.methods:
+        for contender in options.contenders:
+            racer = Racer(options, model, method, contender, precision, batch)
+            racer.start = racer.ask("start")
+            print(
+                f"{racer.name()}: {racer.problem or format(racer.start['start_seconds'], '.1f') + ' s to start'}",
+                flush=True,
+            )
+            racers.append(racer)
+    able = [racer for racer in racers if racer.problem is None]
+    for repeat in range(options.repeats):
+        for racer in able if repeat % 2 else reversed(able):
+            report = racer.ask("go")
+            if racer.problem is None:
+                racer.times.append(report)
+        print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
+        able = [racer for racer in able if racer.problem is None]
+    rows = [row_of(racer, options.repeats) for racer in racers]
+    for row in rows:
+        if row["samples_per_second"]:
+            print("{method} {contender} {precision} batch {batch}: {samples_per_second:.1f} samples/s".format(**row))
+    return rows
+
+
+def row_of(racer: Racer, repeats: int) -> dict[str, Any]:
+    """Put a row together: medians over the repeats, and what the process tells when it ends."""
+    end = racer.ask("end") if racer.problem is None else {}
+    racer.process.kill()
+    racer.process.wait()
+    rates = [time["samples"] / time["seconds"] for time in racer.times]
+    median = statistics.median
+    return {
+        **racer.key,
+        "scheme": "nf4" if racer.key["method"] == "qlora" else "none",
+        "double_quantization": racer.key["method"] == "qlora",
+        "padding": PADDING.get(racer.key["contender"], "buckets"),
+        "samples_per_second": median(rates) if rates else None,
+        "samples_per_second_range": [min(rates), max(rates)] if rates else None,
+        "tokens_per_second": median(t["tokens"] / t["seconds"] for t in racer.times) if rates else None,
+        "step_seconds": median(t["seconds"] / t["steps"] for t in racer.times) if rates else None,
+        "device_seconds": end.get("device_seconds"),
+        "peak_bytes": end.get("peak_bytes"),
+        "start_seconds": racer.start.get("start_seconds"),
+        "optimizer": racer.start.get("optimizer"),
+        "problem": racer.problem,
+        "repeats": repeats,
+        "device": racer.start.get("device"),
+    }
+
+
+# --- a contender ------------------------------------------------------------------------------------------------
+
+
+def compete(model: str, method: str, contender: str, precision: str, batch: int, steps: int) -> None:
+    """Train until told to end, reporting each repeat as one line of JSON on standard output."""
+    try:
+        trainer = trainer_of(model, method, contender, precision, batch)
+    except ImportError as error:
+        report({"problem": f"cannot be installed here: {error}" if contender == "unsloth" else str(error)})
+        return
+    from qlora_kit import models, records
+
+    watch = turns(steps)(trainer)
+    trainer.add_callback(watch)
+    watch.about = {
+        "device": records.environment(models.default_device())["device"],
+        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+    }
+    try:
+        trainer.train()
+    except Exception as error:  # a contender that cannot is a row, not the end of the race
+        report({"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+
+
+def report(values: dict[str, Any]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def turns(steps: int) -> Any:
+    """Return a callback class that holds a Trainer between repeats of `steps` steps."""
+    import torch
+    from transformers import TrainerCallback
+
+    from qlora_kit.training import peak_memory
+
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    class Turns(TrainerCallback):  # type: ignore[misc]
+        def __init__(self, trainer: Any) -> None:
+            self.about: dict[str, Any] = {}
+            self.rows = self.tokens = self.done = 0
+            self.began = 0.0
+            self.profiler: Any = None
+            self.first = True
+            collate = trainer.data_collator
+
+            def counted(rows: Any) -> Any:
+                made = collate(rows)
+                self.rows += made["attention_mask"].shape[0]
+                self.tokens += int(made["attention_mask"].sum())
+                return made
+
+            trainer.data_collator = counted
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.first:  # the first step: kernels are loaded, memory is taken
+                wait()
+                self.first = False
+                self.turn(control, {"start_seconds": time.perf_counter() - BORN, **self.about})
+                return
+            self.done += 1
+            if self.done < steps:
+                return
+            wait()
+            seconds = time.perf_counter() - self.began
+            if self.profiler is not None:
+                self.profiler.__exit__(None, None, None)
+                device = sum(e.self_device_time_total for e in self.profiler.key_averages()) / 1e6 / steps
+                report({"device_seconds": device, **peak_memory()})
+                control.should_training_stop = True
+                return
+            self.turn(control, {"seconds": seconds, "steps": steps, "samples": self.rows, "tokens": self.tokens})
+
+        def turn(self, control: Any, values: dict[str, Any]) -> None:
+            report(values)
+            word = sys.stdin.readline().strip()
+            if word == "start":  # the driver's first word was there before
+                word = sys.stdin.readline().strip()
+            if word == "end":
+                if not torch.cuda.is_available():
+                    report({"device_seconds": None, **peak_memory()})
+                    control.should_training_stop = True
+                    return
+                kinds = [torch.profiler.ProfilerActivity.CUDA]
+                self.profiler = torch.profiler.profile(activities=kinds).__enter__()
+            # The loader is a batch ahead all along: as many batches are counted as are trained.
+            self.rows = self.tokens = self.done = 0
+            wait()
+            self.began = time.perf_counter()
+
+    return Turns
+
+
+def trainer_of(model: str, method: str, contender: str, precision: str, batch: int) -> Any:
+    """Build a contender's Trainer."""
+    if contender == "unsloth":
+        return unsloth_trainer(model, method, precision, batch)
+    import tempfile
+
+    from qlora_kit import data, models, training  # isort: skip  # first: it imports bitsandbytes with care
+    from transformers import Trainer, TrainingArguments
+
+    ours = contender.startswith("ours")
+    experiment = experiment_of(model, method, precision, batch, ours)
+    if not ours:
+        models.fuse_ = models.use_cpu_attention_ = lambda built: built
+    text = data.banking77()
+    tokenizer = models.load_tokenizer(experiment.model)
+    tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
+    rows = data.TokenizedDataset(tokens, text.train.labels)
+    device = models.default_device()
+    built = models.build(experiment, text.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
+    folder = Path(tempfile.mkdtemp(prefix="speed-"))
+    kind = "max_length" if contender == "recipe" else "longest"
+    collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length)
+    if ours:
+        spec = experiment.training
+        arguments = training.training_arguments(
+            spec, folder, device=device, precision=precision, steps=10**6, tracked=False, progress=False
+        )
+        arguments.eval_strategy = arguments.save_strategy = "no"
+        return training.KitTrainer(
+            spec=spec, lengths=rows.lengths, model=built, args=arguments, train_dataset=rows, data_collator=collate
+        )
+    if contender == "recipe":
+        training.enable_checkpointing(built, use_reentrant=False)
+    wanted = "paged_adamw_8bit" if contender == "recipe" else "adamw_torch_fused"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=10**6,
+        per_device_train_batch_size=batch,
+        learning_rate=experiment.training.learning_rate,
+        optim=training.resolve_optimizer(wanted, device),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        train_sampling_strategy="group_by_length" if contender in ("grouped", "compiled") else "random",
+        torch_compile=contender == "compiled",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        use_cpu=device.type == "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return Trainer(model=built, args=arguments, train_dataset=rows, data_collator=collate)
+
+
+def experiment_of(model: str, method: str, precision: str, batch: int, ours: bool) -> Any:
+    """Return the preset at the race's precision and batch, with random weights where its own are not here."""
+    from qlora_kit.experiment import preset
+
+    changes: dict[str, Any] = {
+        "training.precision": precision,
+        "training.batch_size": batch,
+        "training.max_steps": 10**6,
+        "training.logging_steps": 500,
+    }
+    if model == "dialogpt-medium":
+        changes |= {"model.name": "shape:dialogpt-medium", "model.random_weights": True}
+    experiment = preset(f"{MODELS[model]}_{method}").override(changes)
+    if not ours:  # what people have: no saving that the kit alone knows
+        experiment = experiment.override({"model.lean": False})
+    return experiment
+
+
+def unsloth_trainer(model: str, method: str, precision: str, batch: int) -> Any:
+    """Build unsloth's own model and Trainer, on the one shape here that it supports."""
+    if model != "smollm2-135m":
+        raise ImportError(f"unsloth has no {model}")
+    import unsloth  # must come before transformers
+    from transformers import Trainer, TrainingArguments
+
+    from qlora_kit import data, models
+    from qlora_kit.experiment import preset
+
+    experiment = preset(f"{MODELS[model]}_{method}")
+    assert experiment.lora is not None
+    source = models.find_base(experiment.model).source
+    text = data.banking77()
+    built, tokenizer = unsloth.FastModel.from_pretrained(
+        source,
+        load_in_4bit=method == "qlora",
+        max_seq_length=experiment.data.max_length,
+        num_labels=len(text.label_names),
+        auto_model=__import__("transformers").AutoModelForSequenceClassification,
+    )
+    built = unsloth.FastModel.get_peft_model(
+        built, r=experiment.lora.r, lora_alpha=experiment.lora.alpha, lora_dropout=0, task_type="SEQ_CLS"
+    )
+    tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
+    arguments = TrainingArguments(
+        output_dir="runs/speed-unsloth",
+        max_steps=10**6,
+        per_device_train_batch_size=batch,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        optim="adamw_8bit",
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+    )
+    rows = data.TokenizedDataset(tokens, text.train.labels)
+    return Trainer(
+        model=built, args=arguments, train_dataset=rows, data_collator=data.collator(tokenizer.pad_token_id, "longest")
+    )
+
+
+# --- what cannot be done without --------------------------------------------------------------------------------
+
+
+def limit(model: str, method: str, precision: str, batch: int) -> dict[str, Any]:
+    """Count a step's operations and bytes, and divide them by what this device reaches."""
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from qlora_kit import data, models, quantization, records
+
+    experiment = experiment_of(model, method, precision, batch, True)
+    device = models.default_device()
+    text = data.banking77()
+    tokenizer = models.load_tokenizer(experiment.model)
+    length = max(1, round(float(np.mean(data.token_lengths(tokenizer, text.train.texts)))))
+    built = models.build(experiment, text.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
+    ids = torch.ones((batch, length), dtype=torch.long, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    counter = FlopCounterMode(display=False)
+    with counter, models.computing(device, precision):
+        loss = built(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+    trained = sum(p.numel() * p.element_size() for p in built.parameters() if p.requires_grad)
+    stored = quantization.storage(built).linear_bytes
+    # Frozen weights are read in the forward and in the backward pass; of a trained weight, the value, gradient and two
+    # moments are read and written once.
+    moved = 2 * stored + 2 * 4 * trained
+    ceilings = {"flops_per_second": matmul_ceiling(device, precision), "bytes_per_second": copy_ceiling(device)}
+    flops = counter.get_total_flops()
+    seconds = max(flops / ceilings["flops_per_second"], moved / ceilings["bytes_per_second"])
+    return {
+        "model": model,
+        "method": method,
+        "precision": precision,
+        "batch": batch,
+        "length": length,
+        "flops": flops,
+        "bytes": moved,
+        **ceilings,
+        "seconds": seconds,
+        "samples_per_second": batch / seconds,
+        "device": records.environment(device)["device"],
+    }
+
+
+def best_time(work: Any, device: Any, repeats: int = 10) -> float:
+    import torch
+
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def matmul_ceiling(device: Any, precision: str) -> float:
+    """Return the most operations a second that a large matrix product reaches, of sizes 1024 to 8192."""
+    import torch
+
+    from qlora_kit.models import COMPUTE_DTYPES
+
+    most = 0.0
+    for size in (1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+        one = torch.randn(size, size, device=device).to(COMPUTE_DTYPES[precision])
+        most = max(most, 2 * size**3 / best_time(lambda one=one: one @ one, device))
+    return most
+
+
+def copy_ceiling(device: Any) -> float:
+    """Return the bytes a second that a copy of 256 MiB moves, read and written."""
+    import torch
+
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * 2**28 / best_time(lambda: target.copy_(source), device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
