@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def run_all(commands: Mapping[str, Sequence[str]], logs: Path, at_once: int) -> list[str]:
+def run_all(
+    commands: Mapping[str, Sequence[str]], logs: Path, at_once: int, deadline: float = float("inf")
+) -> list[str]:
     """Run commands, `at_once` at a time, each with a log of its own.
 
     Args:
         commands: By name, which is also the log's.
         logs: Folder of the logs.
         at_once: Processes at a time.
+        deadline: None is begun after this moment of `time.monotonic()`; those that run are waited for.
 
     Returns:
         The names of those that failed; what was wrong stands at the end of their logs, and is printed.
@@ -23,6 +26,9 @@ def run_all(commands: Mapping[str, Sequence[str]], logs: Path, at_once: int) -> 
     logs.mkdir(parents=True, exist_ok=True)
     todo, running, failed, started = list(commands), {}, [], time.monotonic()
     while todo or running:
+        if todo and time.monotonic() > deadline:
+            print(f"out of time: {len(todo)} not begun", flush=True)
+            todo.clear()
         while todo and len(running) < at_once:
             name = todo.pop(0)
             with open(logs / f"{name}.log", "wb") as stream:

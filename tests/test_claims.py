@@ -12,9 +12,10 @@ import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
+from figures import assert_readable_on_a_phone, assert_whole
 
 import qlora_kit as qk
-from qlora_kit import claims, schemas
+from qlora_kit import claims, plots, schemas
 from qlora_kit.claims import FAILS, HOLDS, IN_PART, UNMEASURED, VERDICTS, Records
 
 GPU, CPU = "A GPU", "Some CPU, 2 cores"
@@ -288,6 +289,39 @@ def test_a_slow_fall_is_not_restless_and_spikes_are():
     slow, wild = claims.roughness(fall), claims.roughness(spikes)
     assert slow is not None and wild is not None and wild > 10 * slow
     assert claims.roughness({"grad_norm": [1.0, None, 2.0]}) is None
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_whole_and_readable():
+    rows = [
+        {"label": "a model with a long name: QLoRA minus full fine-tuning, over test rows (H100)" * place, "value": v,
+         "low": v - 0.01, "high": v + 0.02}
+        for place, v in ((1, 0.0), (2, -0.04))
+    ]  # fmt: skip
+    shown = claims.curves(Records(results=results("accuracy", *STABLE, *SINGLE, *[curve(True, 9, 1e-9)])))
+    shown[0]["grad_norm"][3] = None
+    for name, figure in {
+        "intervals": plots.intervals(rows, 0, 0.01, "macro F1"),
+        "no interval": plots.intervals([{"label": "x", "value": 1.0}], 1, title="A title"),
+        "stability": plots.stability([*shown, {**shown[0], "method": "full"}]),
+    }.items():
+        assert_whole(figure, name)
+        assert_readable_on_a_phone(figure, name)
+
+
+def test_the_legend_counts_the_runs_of_each_method():
+    shown = claims.curves(
+        Records(results=results("accuracy", *STABLE, trained("full", 0, 0.9, curve=STABLE[0]["curve"])))
+    )
+    legend = plots.stability(shown).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["QLoRA, 3 runs", "full fine-tuning, 1 run"]
+
+
+def test_a_device_is_named_as_a_figure_has_room_for():
+    named = ("NVIDIA H100 80GB HBM3", "Tesla T4", "AMD EPYC, 2 cores", "planned for a T4")
+    assert [plots.short_device(name) for name in named] == ["H100", "T4", "CPU", "planned for a T4"]
 
 
 # --- the repository's own records, and a notebook's ---------------------------------------------------------------
