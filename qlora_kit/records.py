@@ -206,13 +206,35 @@ def locked(folder: Path) -> Iterator[None]:
         return
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        stream = open(folder / ".lock", "w")  # noqa: SIM115  # closed below: the lock lives as long as it is open
-    with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A folder that comes from a stranger must not lead elsewhere: no link is followed, nothing is emptied.
+            descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise KitError(f"another process is writing into {folder}; wait for it or choose another name") from error
+            if error.errno != errno.ELOOP:
+                raise
+            raise KitError(f"{folder / '.lock'} is a symbolic link: delete it, or choose another folder") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise KitError(f"another process is writing into {folder}; wait for it or choose another name") from error
+    try:
         yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a run folder that is or holds a symbolic link: what is written into it would land elsewhere.
+
+    Raises:
+        KitError: Naming the first.
+    """
+    # os.walk follows no link to a folder, and lists it.
+    inside = (Path(root) / name for root, folders, files in os.walk(folder) for name in sorted(folders + files))
+    for item in (folder, *inside):
+        if item.is_symlink():
+            raise KitError(f"{item} is a symbolic link, and a run folder holds none: choose another name or folder")
 
 
 # --- where it was made ------------------------------------------------------------------------------------------

@@ -400,6 +400,7 @@ def finetune(
         experiment = _with_data(experiment, data)
     folder = Path(out) / safe_name("run", name or f"{experiment.name}_seed{spec.seed}")
     base = models.find_base(experiment.model)
+    records.refuse_links(folder)
     with records.locked(folder):
         finished = _settle(folder, experiment, data, resume)
         if finished is not None:
