@@ -408,6 +408,29 @@ def _linear_svm(c: float) -> Any:
 # ---- a run's report ----
 
 
+def data_of(run: Run, data: TextData | None = None) -> TextData:
+    """Return the rows that a run was trained on: those in its folder, or those that its experiment names.
+
+    Args:
+        run: A run.
+        data: The data, where it is at hand already; it is checked all the same.
+
+    Raises:
+        KitError: When the rows are not what the run was trained on.
+    """
+    trained_on = run.environment["checksums"]["data"]
+    if data is None:
+        saved = run.path / "data"
+        data = kit_data.load_saved(saved) if saved.is_dir() else kit_data.load(run.experiment.data)
+    if data.checksum != trained_on:
+        raise KitError(
+            f"{run.path} was trained on other rows than {data.spec.name!r} now gives (checksum {trained_on[:12]}… "
+            f"against {data.checksum[:12]}…): a score on these would mean nothing. Bring the data back as it was, "
+            "or train again"
+        )
+    return data
+
+
 def evaluate(
     run: Run | str | Path,
     *,
@@ -439,16 +462,7 @@ def evaluate(
     start = time.perf_counter()
     if not isinstance(run, records.Run):
         run = records.load_run(run)
-    trained_on = run.environment["checksums"]["data"]
-    if data is None:
-        saved = run.path / "data"
-        data = kit_data.load_saved(saved) if saved.is_dir() else kit_data.load(run.experiment.data)
-    if data.checksum != trained_on:
-        raise KitError(
-            f"{run.path} was trained on other rows than {data.spec.name!r} now gives (checksum {trained_on[:12]}… "
-            f"against {data.checksum[:12]}…): a score on these would mean nothing. Bring the data back as it was, "
-            "or train again"
-        )
+    data = data_of(run, data)
     names = data.label_names
     run.load()  # so that the timing below is of predictions, not of reading weights
     predict_start = time.perf_counter()

@@ -19,7 +19,7 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from . import checkpoints, evaluation, models, records, tracking
+from . import cards, checkpoints, evaluation, models, records, tracking
 from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
@@ -721,11 +721,10 @@ def _finish(
                 shutil.rmtree(stale, ignore_errors=True)
             save(aside)
             records.move_into_place(aside, folder / part)
-        records.write_json(
-            folder / "environment.json",
-            records.environment(device, data_checksum=data.checksum, base_checksum=base.checksum),
-        )
-        records.write_text(folder / "README.md", model_card(experiment, training, base.licence))
+        environment = records.environment(device, data_checksum=data.checksum, base_checksum=base.checksum)
+        records.write_json(folder / "environment.json", environment)
+        card = cards.model_card(experiment, records.plain(training), base.licence, environment=environment)
+        records.write_text(folder / "README.md", card)
         records.write_json(folder / "training.json", training)
         _drop_checkpoints(folder, experiment)
 
@@ -733,87 +732,3 @@ def _finish(
 def _drop_checkpoints(folder: Path, experiment: Experiment) -> None:
     if experiment.training.checkpoints == "remove":
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-MODEL_CARD = """---
-library_name: peft
-pipeline_tag: text-classification
-tags: [qlora, lora, text-classification]
-{licence}---
-
-# {name}
-
-A classifier of {classes} classes: {model} fine-tuned on {data} by {method}, with qlora_kit.
-
-{score}
-
-## Use
-
-```python
-import qlora_kit as qk
-print(qk.load_run("this-folder").predict(["a text"]).labels)
-```
-
-It is meant for texts like those that it was trained on; on others its probabilities mean little. Whoever uses it
-answers for checking it on their own data first.
-
-## Training
-
-- {steps} steps of {rows_a_step} rows, learning rate {rate:g}, seed {seed}, {precision}, {optimizer}
-- {trainable:,} of {parameters:,} parameters trained
-- data: {train} rows for training, {validation} for validation
-- everything else: `experiment.yaml`, `training.json`, `environment.json`
-"""
-
-
-def model_card(experiment: Experiment, training: Mapping[str, Any], licence: str | None) -> str:
-    """Return a run's model card: what it is, how it was made, what it is worth.
-
-    Args:
-        experiment: The run's.
-        training: What `training.json` holds.
-        licence: The base's licence as an SPDX identifier, where it is known.
-
-    Returns:
-        Markdown with the metadata that the hub reads.
-    """
-    lora, spec, rows = experiment.lora, experiment.training, training["rows"]
-    # A path on somebody's disk is nobody else's business.
-    model_name = Path(experiment.model.name).name if Path(experiment.model.name).is_dir() else experiment.model.name
-    method = "full fine-tuning"
-    if lora is not None:
-        method = (
-            f"LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on a base stored as "
-            f"{experiment.quantization.label}"
-        )
-    if training["random_weights"]:
-        score = "The base has random weights: its scores say nothing, only its memory and speed do."
-    else:
-        f1 = training["metrics"]["validation"]["f1_macro"]
-        score = (
-            f"Validation macro F1: {f1['value']:.4f} (95% interval {f1['low']:.4f} to {f1['high']:.4f}, bootstrap "
-            f"over {rows['validation']} rows). Test scores are in `evaluation.json` once it is evaluated."
-        )
-    return MODEL_CARD.format(
-        licence=f"license: {licence.lower()}\n" if licence else "",
-        name=experiment.name,
-        classes=len(training["labels"]),
-        model=_code(model_name),
-        data=_code(Path(experiment.data.name).name),
-        method=method,
-        score=score,
-        steps=training["steps"],
-        rows_a_step=spec.batch_size * spec.gradient_accumulation,
-        rate=spec.learning_rate,
-        seed=spec.seed,
-        precision=training["precision"],
-        optimizer=training["optimizer"],
-        trainable=training["parameters"]["trainable"],
-        parameters=training["parameters"]["all"],
-        train=rows["train"],
-        validation=rows["validation"],
-    )
-
-
-def _code(text: str) -> str:
-    return "`" + "".join(c for c in text if c.isprintable() and c not in "`<>") + "`"
