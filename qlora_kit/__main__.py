@@ -180,7 +180,7 @@ def _say(text: str, code: int) -> int:
 
 def _harmless(text: str) -> str:
     """Return text with what would steer a terminal (escape sequences in somebody's label, say) spelled out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def make_parser() -> argparse.ArgumentParser:
