@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -819,3 +819,17 @@ def perplexity(
     means = values[picks].mean(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).exp().tolist()
     return {"value": values.mean().exp().item(), "low": low, "high": high}
+
+
+def ratio_in_words(ratio: Mapping[str, float]) -> str:
+    """Say what a ratio of perplexities shows of its first model against the other: lower is better.
+
+    Args:
+        ratio: `value`, `low` and `high`, from `perplexity` with a baseline.
+
+    Returns:
+        By how much it is ahead or behind, or that the two cannot be told apart: the interval has 1 in it.
+    """
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return "not told apart"
+    return f"{'ahead' if ratio['value'] < 1 else 'behind'} by {abs(1 - ratio['value']):.1%}"

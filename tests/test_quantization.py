@@ -414,3 +414,11 @@ def test_perplexity_has_an_interval_and_a_ratio_is_paired():
     ratio = quantization.perplexity(hard + 0.1, hard)  # and a difference that does not
     assert ratio["low"] == pytest.approx(ratio["high"]) == pytest.approx(math.exp(0.1))
     assert quantization.perplexity(hard) == alone
+
+
+def test_a_ratio_is_put_into_words_as_its_interval_says():
+    words = quantization.ratio_in_words
+    assert words({"value": 0.943, "low": 0.919, "high": 0.966}) == "ahead by 5.7%"
+    assert words({"value": 1.25, "low": 1.2, "high": 1.3}) == "behind by 25.0%"
+    for low, high in ((0.893, 1.003), (0.9, 1.0), (1.0, 1.1), (1.0, 1.0)):
+        assert words({"value": (low + high) / 2, "low": low, "high": high}) == "not told apart"
