@@ -1069,6 +1069,22 @@ def table(verdicts: Sequence[Verdict], most: int = 3) -> list[dict[str, Any]]:
     ]
 
 
+def markdown(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as a table in Markdown: the claim, the verdict, and the records that decided."""
+    from . import plots
+
+    rows = ["| | it is said that | verdict | decided by |", "|---|---|---|---|"]
+    for verdict in verdicts:
+        decided = dict.fromkeys(
+            figure.source if figure.device == _ARITHMETIC else f"{figure.source} ({plots.short_device(figure.device)})"
+            for figure in verdict.finding.figures[:3]
+        )
+        rows.append(
+            f"| {verdict.claim.number} | {verdict.claim.text} | {verdict.finding.verdict} | {', '.join(decided)} |"
+        )
+    return "\n".join(rows)
+
+
 def lines(verdicts: Sequence[Verdict], *groups: str) -> str:
     """Return the verdicts of some groups as text: what is said, what was found, and why."""
     chosen = [verdict for verdict in verdicts if verdict.claim.group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 import shlex
@@ -330,13 +331,22 @@ def test_a_device_is_named_as_a_figure_has_room_for():
 def test_the_repositorys_records_are_read_and_judged(tmp_path, computed: dict[str, Any]):
     records = claims.read(out=tmp_path, computed=False)
     assert {"accuracy", "memory", "quantization", "schemes"} <= set(records.results)
-    verdicts = claims.check(Records(**{**vars(records), "computed": computed}))
+    verdicts = claims.check(dataclasses.replace(records, computed=computed))
     assert all(verdict.finding.verdict in VERDICTS for verdict in verdicts)
     rows = claims.table(verdicts)
     assert [row["#"] for row in rows] == list(range(1, 16))
     assert all(row["because"] and (row["measured"] or row["verdict"] == UNMEASURED) for row in rows)
     with pytest.raises(qk.KitError, match="no folder 'nowhere'"):
         claims.read("nowhere", tmp_path, computed=False)
+
+
+def test_readme_says_what_the_reference_records_say(tmp_path, computed: dict[str, Any]):
+    records = claims.read(ROOT / "results", tmp_path, computed=False)
+    # Nobody's machine goes first, and no run of this one counts.
+    verdicts = claims.check(dataclasses.replace(records, computed=computed, runs=(), device=""))
+    table = claims.markdown(verdicts)
+    (said,) = re.findall(r"<!-- claims -->\n((?:\|.*\n)+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert said.strip() == table, f"put this into README:\n{table}"
 
 
 def test_the_record_of_the_claims_is_what_its_schema_says(tmp_path, computed: dict[str, Any]):
