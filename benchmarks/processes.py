@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def run_all(
@@ -42,3 +46,40 @@ def run_all(
                 failed.append(name)
                 print("\n".join((logs / f"{name}.log").read_text(errors="replace").splitlines()[-5:]), file=sys.stderr)
     return failed
+
+
+class Worker:
+    """A process that does a part of its work whenever it is told to, and reports it as a line of JSON.
+
+    Contenders that take turns this way share whatever the machine does besides.
+
+    Args:
+        command: What starts it. It reads words from its standard input and writes reports to its standard output; a
+            report with the key `problem` says that it cannot go on.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        quiet = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.problem: str | None = None
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
+        )
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Say a word, and return the next report; of a process that ended instead, nothing."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{word}\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                report: dict[str, Any] = json.loads(line)
+                self.problem = report.get("problem")
+                return report
+        self.problem = self.problem or f"ended with code {self._process.wait()}"
+        return {}
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()

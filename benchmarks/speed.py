@@ -30,9 +30,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -40,6 +38,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from processes import Worker  # noqa: E402
+
 BORN = time.perf_counter()
 
 MODELS = {
@@ -124,40 +124,17 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 # --- the driver -------------------------------------------------------------------------------------------------
 
 
-class Racer:
-    """A contender's process: it trains a repeat's steps whenever it is told to, and tells how long they took."""
+class Racer(Worker):
+    """A contender's process: it trains a repeat's steps whenever it is told to."""
 
     def __init__(
         self, options: argparse.Namespace, model: str, method: str, contender: str, precision: str, batch: int
     ):
         self.key = {"model": model, "contender": contender, "method": method, "precision": precision, "batch": batch}
         self.times: list[dict[str, float]] = []
-        self.start: dict[str, Any] = {}
-        self.problem: str | None = None
-        command = [sys.executable, __file__, "--steps", str(options.steps)]
-        command += ["--one", model, method, contender, precision, str(batch)]
-        environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, word: str) -> dict[str, Any]:
-        """Let it go on, and return what it reports; a process that ends instead has failed, and says why."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(f"{word}\n")
-            self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                report: dict[str, Any] = json.loads(line)
-                self.problem = report.get("problem")
-                return report
-        self.problem = self.problem or f"ended with code {self.process.wait()}"
-        return {}
-
-    def name(self) -> str:
-        """Return what a line about it begins with."""
-        return "{model} {method} {contender} {precision} batch {batch}".format(**self.key)
+        own = ["--steps", str(options.steps), "--one", model, method, contender, precision, str(batch)]
+        super().__init__([sys.executable, __file__, *own])
+        self.start = self.ask("start")
 
 
 def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> list[dict[str, Any]]:
@@ -166,11 +143,8 @@ def race(options: argparse.Namespace, model: str, precision: str, batch: int) ->
     for method in options.methods:
         for contender in options.contenders:
             racer = Racer(options, model, method, contender, precision, batch)
-            racer.start = racer.ask("start")
-            print(
-                f"{racer.name()}: {racer.problem or format(racer.start['start_seconds'], '.1f') + ' s to start'}",
-                flush=True,
-            )
+            ready = f"ready after {racer.start['start_seconds']:.1f} s" if racer.problem is None else racer.problem
+            print(f"{model} {method} {contender} {precision} batch {batch}: {ready}", flush=True)
             racers.append(racer)
     able = [racer for racer in racers if racer.problem is None]
     for repeat in range(options.repeats):
@@ -190,8 +164,7 @@ def race(options: argparse.Namespace, model: str, precision: str, batch: int) ->
 def row_of(racer: Racer, repeats: int) -> dict[str, Any]:
     """Put a row together: medians over the repeats, and what the process tells when it ends."""
     end = racer.ask("end") if racer.problem is None else {}
-    racer.process.kill()
-    racer.process.wait()
+    racer.stop()
     rates = [time["samples"] / time["seconds"] for time in racer.times]
     median = statistics.median
     return {

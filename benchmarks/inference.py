@@ -1,0 +1,257 @@
+r"""Time predictions as a user serves them: results/inference.json.
+
+    python benchmarks/inference.py                         # this machine's default model
+    python benchmarks/inference.py --run runs/latest/runs/minilm_banking77_qlora_seed0
+
+Variants, each in a process of its own, from a list of texts to their labels, tokenizer included:
+
+    4bit        `Run.predict` of a QLoRA run
+    pipeline    transformers' pipeline on the same 4-bit model, with PEFT's layers and transformers' attention
+    merged16    the run merged into its full-precision base by `Run.merge`, stored in 16 bits
+    frozen_svm  a linear SVM on the 4-bit base's frozen embeddings
+
+Without `--run` the preset is trained for a few steps first: speed does not depend on what was learned. The processes
+take turns, `--repeats` times: latency at batch 1 over `--texts` single test questions (percentiles over all repeats),
+throughput at batch 64 over `--texts` at a time (median over the repeats). `peak_bytes` is the most that the process
+used: on CUDA of the GPU, on a CPU of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from processes import Worker  # noqa: E402
+
+VARIANTS = ("4bit", "pipeline", "merged16", "frozen_svm")
+# The SVM's speed depends on the number of classes, not on how many rows it was fitted on.
+SVM_ROWS = 1000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default=None, help="default: MiniLM on a CPU, DialoGPT-medium's shape on CUDA")
+    parser.add_argument("--run", default=None, help="a finished QLoRA run instead")
+    parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", default="results/inference.json")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        serve(options.one[0], options.one[1], options.texts)
+        return 0
+    from qlora_kit import models, records
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = records.load_run(options.run) if options.run else trained(options.preset, folder)
+        rows = race(run, options)
+    environment = records.environment(models.default_device())
+    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows}
+    records.write_json(options.out, result)
+    print(f"written: {options.out}")
+    return 0
+
+
+def trained(name: str | None, folder: str) -> Any:
+    """Train a preset for a few steps."""
+    import torch
+
+    from qlora_kit import training
+    from qlora_kit.experiment import preset
+
+    changes: dict[str, Any] = {"training.max_steps": 4, "tracking.wandb": "none", "model.head_init": "random"}
+    if name is None and torch.cuda.is_available():
+        name = "dialogpt-medium_banking77_qlora"
+        changes |= {"model.name": "shape:dialogpt-medium", "model.random_weights": True}
+    experiment = preset(name or "minilm_banking77_qlora").override(changes)
+    return training.finetune(experiment, out=folder, progress=False)
+
+
+def race(run: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let the variants take turns, and put the rows together."""
+    workers: dict[str, Worker] = {}
+    for variant in VARIANTS:
+        command = [sys.executable, __file__, "--texts", str(options.texts), "--one", variant, str(run.path)]
+        worker = Worker(command)
+        worker.ask("start")
+        print(f"{variant}: {worker.problem or 'ready'}", flush=True)
+        workers[variant] = worker
+    turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    for repeat in range(options.repeats):
+        for variant in VARIANTS if repeat % 2 else reversed(VARIANTS):
+            worker = workers[variant]
+            report = worker.ask("go") if worker.problem is None else {}
+            if worker.problem is None:
+                turns[variant].append(report)
+        print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
+    rows = []
+    for variant, worker in workers.items():
+        worker.stop()
+        rows += rows_of(run, variant, turns[variant], worker.problem, options)
+    return rows
+
+
+def rows_of(
+    run: Any, variant: str, turns: list[dict[str, Any]], problem: str | None, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Put a variant's two rows together: single texts, and batches of 64."""
+    from qlora_kit import models, records
+
+    common = {
+        "model": run.experiment.model.name,
+        "variant": variant,
+        "scheme": "none" if variant == "merged16" else run.experiment.quantization.scheme,
+        "peak_bytes": max((turn["peak_bytes"] for turn in turns), default=None),
+        "texts": options.texts,
+        "repeats": len(turns),
+        "problem": problem,
+        "device": records.environment(models.default_device())["device"],
+    }
+    rows = []
+    for batch in (1, 64):
+        seconds = sorted(value for turn in turns for value in turn[f"batch_{batch}"])
+        rates = [batch * len(turn[f"batch_{batch}"]) / sum(turn[f"batch_{batch}"]) for turn in turns]
+        row = {
+            **common,
+            "batch": batch,
+            "latency_seconds_p50": statistics.median(seconds) if seconds else None,
+            "latency_seconds_p95": seconds[int(0.95 * (len(seconds) - 1))] if seconds else None,
+            "samples_per_second": statistics.median(rates) if rates else None,
+        }
+        rows.append(row)
+        if seconds:
+            middle, most = 1e3 * row["latency_seconds_p50"], 1e3 * row["latency_seconds_p95"]
+            rate = row["samples_per_second"]
+            print(f"{variant} batch {batch}: {middle:.1f} ms (95% {most:.1f}), {rate:.0f} samples/s", flush=True)
+    return rows
+
+
+# --- a variant --------------------------------------------------------------------------------------------------
+
+
+def serve(variant: str, folder: str, count: int) -> None:
+    """Classify single texts, then batches, whenever told to."""
+    from qlora_kit import data, records
+    from qlora_kit.training import peak_memory
+
+    run = records.load_run(folder)
+    texts = list(data.banking77().test.texts)[:: 3080 // count][:count]
+    try:
+        classify = MAKERS[variant](run)
+        classify(texts[:64]), classify(texts[:1])
+    except Exception as error:  # a variant that cannot is a row, not the end of the benchmark
+        print(json.dumps({"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}), flush=True)
+        return
+    print(json.dumps({"ready": True}), flush=True)
+    for word in sys.stdin:
+        if word.strip() != "go":
+            continue
+        single = [timed(classify, [text]) for text in texts]
+        batches = [timed(classify, texts[i : i + 64]) for i in range(0, count - count % 64, 64)]
+        report = {"batch_1": single, "batch_64": batches, "peak_bytes": peak_memory()["peak_bytes"]}
+        print(json.dumps(report), flush=True)
+
+
+def timed(classify: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> float:
+    began = time.perf_counter()
+    classify(texts)
+    return time.perf_counter() - began
+
+
+def four_bit(run: Any) -> Callable[[Sequence[str]], Any]:
+    return lambda texts: run.predict(texts).labels
+
+
+def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:
+    from qlora_kit import models  # isort: skip  # first: it imports bitsandbytes with care
+    import torch
+    from transformers import TextClassificationPipeline
+    from transformers.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # it lists the hundred classes that it knows, as an error
+    models.fuse_ = models.use_cpu_attention_ = lambda built: built
+    model, tokenizer = run.load()
+    inner: Any = model.get_base_model()
+    device = models.default_device()
+    if isinstance(inner, models.PooledClassifier):
+        # What a pipeline asks of a model that is no class of transformers.
+        inner.device, inner.dtype, inner.can_generate = device, torch.float32, lambda: False
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    classify = TextClassificationPipeline(model=inner, tokenizer=tokenizer, device=device)
+    length = run.experiment.data.max_length
+    precision = models.resolve_precision("auto", device) if device.type == "cuda" else "fp32"
+
+    def labels(texts: Sequence[str]) -> Any:
+        with models.computing(device, precision):
+            return classify(list(texts), batch_size=64, truncation=True, max_length=length)
+
+    return labels
+
+
+def merged(run: Any) -> Callable[[Sequence[str]], Any]:
+    from qlora_kit import export, models
+
+    device = models.default_device()
+    dtype = "fp16" if models.resolve_precision("auto", device) == "fp16" else "bf16"
+    with tempfile.TemporaryDirectory() as folder:
+        run.merge(Path(folder) / "merged", dtype=dtype, progress=False)
+        model = export.load_merged(run, Path(folder) / "merged")
+    tokenizer = models.load_tokenizer(run.experiment.model, run.path / "tokenizer")
+
+    def labels(texts: Sequence[str]) -> Any:
+        logits = models.forward_texts(
+            model, tokenizer, texts, device=device, precision="fp32", max_length=run.experiment.data.max_length
+        )
+        return [run.label_names[place] for place in logits.argmax(1)]
+
+    return labels
+
+
+def frozen_svm(run: Any) -> Callable[[Sequence[str]], Any]:
+    from sklearn.svm import LinearSVC
+
+    from qlora_kit import data, models
+
+    device = models.default_device()
+    tokenizer = models.load_tokenizer(run.experiment.model)
+    names = run.label_names
+    base = models.build_classifier(run.experiment, names, device=device, pad_token_id=tokenizer.pad_token_id)
+    precision = models.resolve_precision("auto", device)
+
+    def states(texts: Sequence[str]) -> Any:
+        return models.forward_texts(
+            base,
+            tokenizer,
+            texts,
+            device=device,
+            precision=precision,
+            max_length=run.experiment.data.max_length,
+            states=True,
+        )
+
+    train = data.banking77().train
+    some = range(0, len(train), len(train) // SVM_ROWS)
+    svm = LinearSVC(C=1.0, random_state=0)
+    svm.fit(states([train.texts[place] for place in some]), [train.labels[place] for place in some])
+    return lambda texts: [names[place] for place in svm.predict(states(texts))]
+
+
+MAKERS: dict[str, Callable[[Any], Callable[[Sequence[str]], Any]]] = {
+    "4bit": four_bit,
+    "pipeline": pipeline,
+    "merged16": merged,
+    "frozen_svm": frozen_svm,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
