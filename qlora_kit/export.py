@@ -203,7 +203,9 @@ def load_merged(run: Run, folder: str | Path) -> nn.Module:
             model = _EncoderAndHead(Path(folder), _pooling(run), run.experiment.model.head == "cosine")
         else:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(str(folder))
-    return model.eval().to(models.default_device())  # type: ignore[no-any-return]
+    model.eval().to(models.default_device())
+    loaded: nn.Module = model
+    return loaded
 
 
 def _logits(run: Run, folder: Path, tokenizer: Any, texts: Any, progress: str | None) -> np.ndarray:
