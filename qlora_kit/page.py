@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--code); border-radius: 8px; padding: 12px; overflow-x: auto; margin: .5rem 0;
   font-size: .85rem; line-height: 1.45; } pre.error { border-left: 4px solid var(--bad); }
 @media (max-width: 600px) { main { padding: 16px 8px 48px; } section { padding: 14px 12px; }
+  h1 { font-size: 1.35rem; } table { font-size: .85rem; }
   th, td { padding-right: 9px; } td:first-child { min-width: 8.5em; } .facts { gap: 8px; } }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 """
@@ -145,13 +147,39 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
 
     try:
         book = nbformat.read(notebook, as_version=4)
+        book.cells = [cell for cell in book.cells if not _is_set_up(cell)]
         for cell in book.cells:
+            if cell.cell_type == "markdown":
+                cell.source = with_formulas(cell.source)
             cell.outputs = [output for output in map(without_bars, cell.get("outputs", ())) if output is not None]
         body = _clean(HTMLExporter(template_name="basic").from_notebook_node(book)[0])
     except Exception as error:  # A notebook cut off while it was being written must not hide what came before.
         body = f"<p>{_text(notebook.name)} cannot be read: {_text(error)}</p>"
     back = '<p><a href="index.html">all notebooks</a></p>'
     write_text(page, _document(notebook.stem, back + body, _NOTEBOOK_STYLE))
+
+
+def _is_set_up(cell: Any) -> bool:
+    """Whether it is the set-up cell, the same in each notebook and about Colab; one that failed is to be seen."""
+    failed = any(output.get("output_type") == "error" for output in cell.get("outputs", ()))
+    return "set-up" in cell.metadata.get("tags", ()) and not failed
+
+
+def with_formulas(markdown: str) -> str:
+    """Return Markdown whose LaTeX needs no script to be read: formulas on their own as pictures, others in italics."""
+    from matplotlib import mathtext
+
+    def picture(found: re.Match[str]) -> str:
+        stream = io.BytesIO()
+        formula = " ".join(found[1].split()).replace(r"\tfrac", r"\frac")
+        try:
+            mathtext.math_to_image(f"${formula}$", stream, dpi=150, format="png")
+        except ValueError:  # more LaTeX than matplotlib knows
+            return f"`{formula}`"
+        return f"![{_text(formula)}](data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()})"
+
+    markdown = re.sub(r"\$\$(.+?)\$\$", picture, markdown, flags=re.DOTALL)
+    return re.sub(r"(?<![\w$\\`])\$([A-Za-z\\][^$\n`]*?)\$(?!\w)", r"*\1*", markdown)
 
 
 def without_bars(output: Any) -> Any:
@@ -181,7 +209,14 @@ def _clean(body: str) -> str:
 
     # What stands within these is no text, and would be shown as such once the tags are gone.
     body = re.sub(r"<(style|script)\b.*?</\1\s*>", "", body, flags=re.DOTALL | re.IGNORECASE)
+    body = re.sub(r"<img\b[^>]*>", _own_picture, body, flags=re.IGNORECASE)
     return str(bleach.clean(body, tags=_TAGS, attributes=_harmless, protocols={"data", "http", "https"}, strip=True))
+
+
+def _own_picture(found: re.Match[str]) -> str:
+    """Return an image that is in the page, and of one that would have to be fetched (a badge) its words."""
+    words = re.search(r'\balt="([^"]*)"', found[0])
+    return found[0] if 'src="data:image/png;base64,' in found[0] else words[1] if words else ""
 
 
 def _harmless(tag: str, name: str, value: str) -> bool:
@@ -346,7 +381,7 @@ def _scalar(key: str, value: Any) -> str:
     if isinstance(value, (int, float)):
         if key.endswith("bytes"):
             return f"{value / 2**20:,.1f} MiB"
-        if key.endswith("seconds") and not key.startswith("step"):
+        if key.endswith("seconds"):
             return spoken(value) if value >= 10 else f"{value:.3g} s"
         if isinstance(value, int):
             return f"{value:,}" if abs(value) >= 10_000 else str(value)

@@ -1,0 +1,84 @@
+"""The pages of a real run in a real browser: every figure and table shown, no complaint, readable on a phone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from browser import browser
+from conftest import ROOT
+
+from qlora_kit import page
+
+PHONE = 390  # CSS pixels
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of the first three notebooks."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    command = [sys.executable, "-m", "qlora_kit", "run-notebooks", "--preset", "minilm_banking77_smoke"]
+    command += ["--out", str(folder), "--notebooks", "01 02 03"]
+    command += ["--params", "max_steps=4 resamples=100 perplexity_tokens=0 samples=65536"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.long
+def test_all_of_a_run_is_shown_and_fits_a_phone(out: Path, tmp_path: Path):
+    pictures = sorted(out.glob("*/*.png"))
+    assert len(pictures) > 15
+    with browser(tmp_path) as shown:
+        for width in (1280, PHONE):
+            shown.open(f"file://{out / 'index.html'}", width)
+            assert shown.evaluate("document.images.length") == len(pictures)
+            assert shown.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        seen = shown.evaluate("document.body.innerText")
+        score = json.loads((out / "03_evaluate.json").read_text())["metrics"]["test"]["f1_macro"]
+        for words in ("01_quantization", "baseline: TF-IDF", f"{score['value']:.4f}", f"{score['low']:.4f}"):
+            assert words in seen, words
+        # A figure is as wide as the page lets it, and the smallest letters are no smaller than on a printed page.
+        assert shown.evaluate("Math.min(...[...document.images].map(i => i.getBoundingClientRect().width))") > 300
+        texts = "[...document.querySelectorAll('td, th, dt, dd, p, h2, a, figcaption')]"
+        smallest = shown.evaluate(f"Math.min(...{texts}.map(e => parseFloat(getComputedStyle(e).fontSize)))")
+        assert smallest >= 12
+
+        for notebook in sorted(out.glob("*.ipynb")):
+            shown.open(f"file://{notebook.with_suffix('.html')}", PHONE)
+            assert shown.evaluate("document.documentElement.scrollWidth") <= PHONE
+            assert shown.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+            outputs = [o for c in nbformat.read(notebook, 4).cells for o in c.get("outputs", ())]
+            made = sum("image/png" in output.get("data", {}) for output in outputs)
+            assert made and shown.evaluate("document.images.length") >= made, notebook.name
+            assert "$$" not in shown.evaluate("document.body.innerText")
+        assert shown.complaints == []
+
+
+def test_formulas_are_read_without_a_script():
+    said = page.with_formulas("so\n\n$$q_i = \\tfrac{1}{2}\\left(Q(1) + 1\\right)$$\n\nwhere $Q(0)$ is, for $5 or $6")
+    assert said.startswith("so\n\n![q_i = \\frac{1}{2}") and "](data:image/png;base64," in said
+    assert said.endswith("where *Q(0)* is, for $5 or $6")
+    assert page.with_formulas("$$\\begin{cases}1\\end{cases}$$") == "`\\begin{cases}1\\end{cases}`"
+
+
+def test_a_badge_is_its_words_and_a_set_up_cell_is_left_out_unless_it_failed(tmp_path: Path):
+    book = nbformat.v4.new_notebook()
+    setup = nbformat.v4.new_code_cell("installing = 1", metadata={"tags": ["set-up"]})
+    book.cells = [nbformat.v4.new_markdown_cell("# T\n\n[![Open in Colab](https://a.b/c.svg)](https://a.b/d)"), setup]
+    nbformat.write(book, tmp_path / "a.ipynb")
+    page.write_notebook_page(tmp_path / "a.ipynb", tmp_path / "a.html")
+    read = (tmp_path / "a.html").read_text()
+    assert ">Open in Colab</a>" in read and "<img" not in read and "installing" not in read
+    setup.outputs = [nbformat.v4.new_output("error", ename="OSError", evalue="no network", traceback=["no network"])]
+    nbformat.write(book, tmp_path / "b.ipynb")
+    page.write_notebook_page(tmp_path / "b.ipynb", tmp_path / "b.html")
+    assert "installing" in (tmp_path / "b.html").read_text() and "no network" in (tmp_path / "b.html").read_text()
