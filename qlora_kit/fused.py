@@ -13,6 +13,7 @@ With W stored in 4 bits it is dequantized for each product and never kept.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 # Before anything that imports bitsandbytes by itself.
@@ -20,6 +21,7 @@ from ._bnb import bnb  # isort: skip
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -31,33 +33,36 @@ from .int4 import Int4Linear
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """`x W^T + bias + scaling dropped A^T B^T`, with gradients to `x`, `dropped`, `A` and `B`."""
+    """`x W^T + bias + scaling dropped A^T B^T`, with gradients to `x`, `dropped`, `A` and `B`.
+
+    `rows` is `x` as a matrix in the dtype of the products; `dropped` is None where nothing is dropped.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        rows: torch.Tensor,
         dropped: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scaling: float,
         base: nn.Module,
-        dtype: torch.dtype,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        dtype = rows.dtype
         adapted = rows if dropped is None else dropped.reshape(-1, x.shape[-1]).to(dtype)
         bias: Any = base.bias
         out = nn.functional.linear(rows, dense_weight(base, dtype), None if bias is None else bias.to(dtype))
         low = adapted @ a.to(dtype).T
         out.addmm_(low, (b * scaling).to(dtype).T)
         ctx.save_for_backward(adapted, low, a, b)
-        ctx.scaling, ctx.base, ctx.dtype, ctx.shape, ctx.given = scaling, base, dtype, x.shape, x.dtype
+        ctx.scaling, ctx.base, ctx.shape, ctx.given = scaling, base, x.shape, x.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         adapted, low, a, b = ctx.saved_tensors
-        dtype = ctx.dtype
+        dtype = adapted.dtype
         gradient = gradients[0].reshape(-1, b.shape[0]).to(dtype)
         grad_low = gradient @ (b * ctx.scaling).to(dtype)
         grad_a = (grad_low.T @ adapted).to(a.dtype)
@@ -65,12 +70,12 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ dense_weight(ctx.base, dtype)
-            if not ctx.needs_input_grad[1]:
+            if not ctx.needs_input_grad[2]:
                 grad_x.addmm_(grad_low, a.to(dtype))
             grad_x = grad_x.view(ctx.shape).to(ctx.given)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             grad_dropped = (grad_low @ a.to(dtype)).view(ctx.shape).to(ctx.given)
-        return grad_x, grad_dropped, grad_a, grad_b, None, None, None
+        return grad_x, None, grad_dropped, grad_a, grad_b, None, None
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -126,7 +131,8 @@ def _plain(layer: Any) -> bool:
 
 def _forward(layer: Any, theirs: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1 or not x.numel():
+    more = args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1
+    if more or not x.numel() or _bitsandbytes_has_a_kernel(x):
         result: torch.Tensor = theirs(x, *args, **kwargs)
         return result
     (name,) = names
@@ -134,14 +140,36 @@ def _forward(layer: Any, theirs: Any, x: torch.Tensor, *args: Any, **kwargs: Any
     dropping = layer.training and getattr(dropout, "p", 0.0) > 0.0
     product: torch.Tensor = _AdaptedProduct.apply(
         x,
+        _rows(x, _compute_dtype(x)),
         dropout(x) if dropping else None,
         layer.lora_A[name].weight,
         layer.lora_B[name].weight,
         layer.scaling[name],
         layer.get_base_layer(),
-        _compute_dtype(x),
     )
     return product
+
+
+def _bitsandbytes_has_a_kernel(x: torch.Tensor) -> bool:
+    # For up to 32 tokens without a gradient it multiplies on a GPU by 4-bit weights as they are, dequantizing none
+    # (0.50, backends/cuda/ops.py): a prediction of one short text.
+    return x.is_cuda and not torch.is_grad_enabled() and x.numel() <= 32 * x.shape[-1]
+
+
+_cast_rows: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `x` as `[tokens, features]` in `dtype`; query, key and value, which share their input, share its cast."""
+    if x.dtype == dtype or x.is_inference():  # an inference tensor has no version, and nothing keeps its cast
+        return x.detach().reshape(-1, x.shape[-1]).to(dtype)
+    version, known = _cast_rows.get(x, (None, None))
+    rows: torch.Tensor | None = known() if known is not None and version == x._version else None
+    if rows is None or rows.dtype != dtype:
+        rows = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+        # Weakly: autograd keeps it as long as a backward pass needs it.
+        _cast_rows[x] = (x._version, weakref.ref(rows))
+    return rows
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:

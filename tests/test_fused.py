@@ -89,3 +89,30 @@ def test_attention_on_the_cpu_is_that_of_transformers(name, tiny_experiment, mon
     monkeypatch.undo()
     monkeypatch.setattr(fused, "PLAIN_UP_TO", 4)  # longer texts take torch's own kernel
     assert torch.allclose(ours, step(experiment)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_query_key_and_value_share_one_cast_of_their_input(tiny_experiment):
+    model = models.build(tiny_experiment("bert", lora__dropout=0.0), ["a", "b"], pad_token_id=0)
+    inputs = {key: BATCH[key] for key in ("input_ids", "attention_mask")}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with models.computing(torch.device("cpu"), "bf16"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(**inputs)
+    rows = [t for t in kept if t.dtype == torch.bfloat16 and t.shape == (4 * 19, 32)]
+    storages = [t.untyped_storage()._cdata for t in rows]
+    # Two layers, each with an input of query, key and value.
+    assert sorted(storages.count(s) for s in set(storages))[-2:] == [3, 3]
+    with torch.inference_mode(), models.computing(torch.device("cpu"), "bf16"):
+        assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_a_changed_input_is_cast_again():
+    x = torch.ones(2, 3)
+    first = fused._rows(x, torch.bfloat16)
+    assert fused._rows(x, torch.bfloat16) is first
+    x += 1
+    assert fused._rows(x, torch.bfloat16).eq(2).all()
