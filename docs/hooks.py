@@ -144,7 +144,7 @@ def _notebook_pages() -> Iterator[tuple[str, str | bytes]]:
     import nbformat
     from nbconvert import MarkdownExporter
 
-    from qlora_kit.page import without_bars
+    from qlora_kit.page import with_formulas, without_bars
 
     rows = []
     for source in _notebooks():
@@ -153,6 +153,8 @@ def _notebook_pages() -> Iterator[tuple[str, str | bytes]]:
         # The set-up cell is the same in each, and about Colab.
         book.cells = [cell for cell in book.cells if "set-up" not in cell.metadata.get("tags", ())]
         for cell in book.cells:
+            if cell.cell_type == "markdown":
+                cell.source = with_formulas(cell.source)
             cell.outputs = [output for output in map(without_bars, cell.get("outputs", ())) if output is not None]
         body, resources = MarkdownExporter().from_notebook_node(book, {"output_files_dir": source.stem})
         # What pandas says about its tables' looks, the site's style says.

@@ -187,7 +187,7 @@ def without_bars(output: Any) -> Any:
     if output.get("name") == "stderr":
         lines = [line for line in re.split(r"[\r\n]+", output["text"]) if line.strip("\x1b[A ")]
         kept = [line for line in lines if not re.search(r"\d%\|", line)]
-        return {**output, "text": "\n".join(kept) + "\n"} if kept else None
+        return type(output)({**output, "text": "\n".join(kept) + "\n"}) if kept else None
     return output
 
 

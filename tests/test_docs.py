@@ -30,6 +30,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = next(c for c in book.cells if c.cell_type == "code" and "set-up" not in c.metadata.get("tags", ()))
     picture = (ROOT / "results" / "accuracy.png").read_bytes()
     code.outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="epoch  50%|#####     |\r\nand a word of warning\n"),
         nbformat.v4.new_output("stream", name="stdout", text="the executed notebook's own words"),
         nbformat.v4.new_output("display_data", data={"image/png": base64.b64encode(picture).decode()}),
     ]
@@ -65,6 +66,7 @@ def test_what_the_package_exports_is_described(site: Path):
 
 def test_an_executed_notebook_has_its_outputs_and_another_says_that_it_has_none(site: Path):
     executed = site / "notebooks" / "02_finetune.html"
+    assert "and a word of warning" in words(executed) and "50%|" not in words(executed)
     assert "the executed notebook's own words" in words(executed) and "Not executed" not in words(executed)
     (picture,) = (site / "notebooks" / "02_finetune").glob("*.png")
     assert picture.name in executed.read_text()
