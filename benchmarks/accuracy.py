@@ -203,7 +203,7 @@ def method(experiment: Experiment) -> str:
 
 def curve(losses: Sequence[Mapping[str, Any]], most: int = 60) -> dict[str, list[Any]]:
     """Return steps, losses and gradient norms, thinned to `most` logs, in four digits."""
-    kept = losses[:: -(-len(losses) // most)]
+    kept = losses[:: max(1, -(-len(losses) // most))]
     digits = {key: [row.get(key) for row in kept] for key in ("loss", "grad_norm")}
     rounded = {key: [None if v is None else float(f"{v:.4g}") for v in values] for key, values in digits.items()}
     return {"step": [row["step"] for row in kept], **rounded}

@@ -88,6 +88,7 @@ def test_a_curve_is_thinned_and_keeps_its_gaps(bench):
     assert len(thin["step"]) == len(thin["loss"]) == len(thin["grad_norm"]) <= 60
     assert thin["loss"][0] == 0.3333
     assert None in bench.curve(losses[:50])["grad_norm"]
+    assert bench.curve([]) == {"step": [], "loss": [], "grad_norm": []}  # a run shorter than a log
 
 
 def test_rows_made_again_replace_theirs_and_no_others(bench):

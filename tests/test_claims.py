@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from figures import assert_readable_on_a_phone, assert_whole
+from matplotlib.text import Text
 
 import qlora_kit as qk
 from qlora_kit import claims, plots, schemas
@@ -209,6 +210,31 @@ def test_a_command_that_is_named_is_one_that_runs():
             assert all(f'"{option}"' in source for option in options), verdict.finding.command
 
 
+def timed(ratio: float) -> dict[str, Any]:
+    """Return a record of notebook 04 in which QLoRA's step takes `ratio` of LoRA's."""
+    training = {"precision": "auto", "optimizer": "adamw_torch", "gradient_checkpointing": False}
+    rows = [
+        {"method": method, "scheme": scheme, "changes": {}, "batch": 8, "length": 64, "planned": 90, "measured": 100,
+         "step_seconds": seconds, "parts": {}}
+        for method, scheme, seconds in (("qlora", "nf4", ratio), ("lora", "none", 1.0))
+    ]  # fmt: skip
+    spec = {"model": {"name": "microsoft/DialoGPT-medium"}, "training": training}
+    return {"04_memory": {"environment": {"device": CPU}, "experiment": spec, "rows": rows}}
+
+
+def test_a_few_steps_timed_once_have_to_differ_by_more():
+    verdicts = [number(4).rule(Records(notebooks=timed(ratio))).verdict for ratio in (0.9, 0.7)]
+    assert verdicts == [FAILS, HOLDS]
+    repeated = [
+        {"model": "m", "contender": "ours", "method": method, "scheme": scheme, "precision": "fp32", "batch": 8,
+         "padding": "buckets", "step_seconds": seconds, "device": GPU}
+        for method, scheme, seconds in (("qlora", "nf4", 0.9), ("lora", "none", 1.0))
+    ]  # fmt: skip
+    assert number(4).rule(Records(results=results("speed", *repeated))).verdict == HOLDS
+    both = Records(results=results("speed", *repeated), notebooks=timed(1.3), device=CPU)
+    assert (number(4).rule(both).verdict, number(4).rule(both).figures[0].device) == (FAILS, CPU)
+
+
 # --- devices ----------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +336,7 @@ def test_the_figures_are_whole_and_readable():
     }.items():
         assert_whole(figure, name)
         assert_readable_on_a_phone(figure, name)
+        assert not [text.get_text() for text in figure.findobj(Text) if "mathdefault" in text.get_text()], name
 
 
 def test_the_legend_counts_the_runs_of_each_method():
