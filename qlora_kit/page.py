@@ -21,6 +21,7 @@ from .records import read_json, write_text
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MOST_ROWS = 100
+_LONG = ' class="long"'
 _NAMES = {
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
@@ -68,14 +69,17 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } td.n, th.n { text-align: right; white-space: nowrap; }
+td.t { min-width: 15em; } td details { margin: 0; white-space: nowrap; }
 td .range { display: block; color: var(--soft); font-size: .82em; }
-tr.first td { font-weight: 600; } tr.first td .range { font-weight: 400; }
+tr.first td { font-weight: 600; } tr.first td.t { min-width: 15em; } td details { margin: 0; white-space: nowrap; }
+td .range { font-weight: 400; }
 .figures { columns: 420px 2; column-gap: 16px; margin-top: 16px; }
 figure { margin: 0 0 16px; break-inside: avoid; }
 figure img { width: 100%; height: auto; display: block; background: #fff; border-radius: 8px;
   border: 1px solid var(--rule); } figcaption { color: var(--soft); font-size: .85rem; padding-top: 4px; }
 .facts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); margin: 14px 0; }
 .facts div { border-left: 3px solid var(--rule); padding-left: 10px; overflow-wrap: anywhere; }
+.facts .long { grid-column: 1 / -1; }
 .facts dt { color: var(--soft); font-size: .82rem; } .facts dd { margin: 0; font-weight: 600; } dl { margin: 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--code); border-radius: 8px; padding: 12px; overflow-x: auto; margin: .5rem 0;
@@ -421,14 +425,19 @@ def _columns(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _facts(values: Mapping[str, Any]) -> str:
     shown = [(key, value) for key, value in values.items() if value is not None]
-    items = "".join(f"<div><dt>{_text(_words(key))}</dt><dd>{_scalar(key, value)}</dd></div>" for key, value in shown)
+    items = "".join(
+        f"<div{_LONG if len(str(value)) > 36 else ''}><dt>{_text(_words(key))}</dt><dd>{_scalar(key, value)}</dd></div>"
+        for key, value in shown
+    )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = {key for key in columns if all(row.get(key) is None or _is_metric(row[key]) for row in rows)}
-    mark = {key: ' class="n"' if key in numeric else "" for key in columns}
+    nested = {key for key in columns if any(isinstance(row.get(key), dict) for row in rows)}
+    long = {key for key in columns if key not in nested and any(len(str(row.get(key, ""))) > 40 for row in rows)}
+    mark = {key: ' class="n"' if key in numeric else ' class="t"' if key in long else "" for key in columns}
     head = "".join(f"<th{mark[key]}>{_text(_words(key))}</th>" for key in columns)
     body = "".join(
         "<tr>" + "".join(f"<td{mark[key]}>{_cell(key, row.get(key))}</td>" for key in columns) + "</tr>"
@@ -440,7 +449,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(key: str, value: Any) -> str:
     if isinstance(value, dict):
-        return _metric(value) if "value" in value else _json(value)
+        if "value" in value:
+            return _metric(value)
+        if not value:
+            return _scalar(key, None)
+        return f"<details><summary>{len(value)} values</summary><pre>{_json(value)}</pre></details>"
     if isinstance(value, list):
         return "<br>".join(_text(item) for item in value)
     return _scalar(key, value)
