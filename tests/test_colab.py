@@ -46,6 +46,14 @@ def test_nothing_is_out_of_date():
         book = nbformat.read(path, as_version=4)
         assert colab.badge(address, f"notebooks/{path.name}") in book.cells[0].source, "make colab mends this"
         assert book.cells[1].source + "\n" == colab.SETUP.format(address=address), "make colab mends this"
+        link = f"[{path.stem}](notebooks/{path.name}) {colab.badge(address, f'notebooks/{path.name}')} |"
+        assert link in (ROOT / "README.md").read_text(), f"README's table lacks {path.stem} or its badge"
+
+
+def test_the_weights_are_the_pinned_ones():
+    for name in ("requirements-embedded.txt", "requirements-smollm2.txt"):
+        (pin,) = re.findall(r"^[\w-]+==[\d.]+", (ROOT / name).read_text(), re.MULTILINE)
+        assert f'"{pin}"' in colab.SETUP
 
 
 @pytest.fixture
