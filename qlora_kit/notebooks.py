@@ -678,7 +678,8 @@ def _cell_names(cells: Sequence[Mapping[str, Any]]) -> list[str]:
             heading = found[-1].strip() if found else heading
         elif cell["cell_type"] == "code" and source.strip():
             first = source.strip().splitlines()[0]
-            names.append(first.lstrip("# ").strip() if first.startswith("#") else heading or first)
+            comment = first.lstrip("# ").removeprefix("@title ").strip()  # Colab shows that one as a form's title
+            names.append(comment if first.startswith("#") else heading or first)
     return names
 
 
