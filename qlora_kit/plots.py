@@ -590,7 +590,8 @@ def search_trials(record: Mapping[str, Any]) -> KitFigure:
     grid[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if rates:
         grid[0, 1].set_xscale("log")
-        grid[0, 1].xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        low, high = (pick(map(places[1][1], rates)) for pick in (min, max))
+        grid[0, 1].xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high > 10 * low else (1.0, 2.0, 4.0)))
         grid[0, 1].xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # the default is mathematics
         grid[0, 1].xaxis.set_minor_locator(NullLocator())
     if trials:
