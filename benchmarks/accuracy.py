@@ -378,7 +378,13 @@ def _appended(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         "summary": now["summary"] + [s for s in before["summary"] if (s["preset"], s["device"]) not in devices],
         "differences": [
             *now.get("differences", []),
-            *[x for x in before.get("differences", []) if (x["of"], x["over"], x["device"]) not in again],
+            *[
+                line
+                for line in before.get("differences", [])
+                if (line["of"], line["over"], line["device"]) not in again
+                # What is made anew was compared as it had been.
+                and not {(line["of"], line["device"]), (line["over"], line["device"])} & made
+            ],
         ],
         "baselines": now.get("baselines") or before.get("baselines"),
     }

@@ -550,8 +550,9 @@ def stability(curves: Sequence[Mapping[str, Any]]) -> KitFigure:
     top.legend(loc="upper right")
     bottom.set_title("Gradient norm, before clipping")
     bottom.set_yscale("log")
+    bottom.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default is mathematics
-    bottom.yaxis.set_minor_formatter(lambda value, _: "")
+    bottom.yaxis.set_minor_locator(NullLocator())
     bottom.set_xlim(left=0)
     bottom.set_xlabel("step")
     return figure

@@ -102,6 +102,7 @@ def test_rows_made_again_replace_theirs_and_no_others(bench):
 
     both = bench._appended(made(GPU, 0.5, "l"), made(CPU, 0.6, "l"))
     assert {row["device"] for row in both["rows"]} == {GPU, CPU}
+    both["differences"].append({"of": "f", "over": "q", "device": GPU, "f1_macro": 0.1})  # of the q that goes
     again = bench._appended(both, made(GPU, 0.7, "l"))
     for part in ("rows", "summary", "differences"):
         assert len(again[part]) == 2
