@@ -179,7 +179,7 @@ def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:
     from transformers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)  # it lists the hundred classes that it knows, as an error
-    models.fuse_ = models.use_cpu_attention_ = lambda built: built
+    run.experiment = run.experiment.override({"model.fused": False})
     model, tokenizer = run.load()
     inner: Any = model.get_base_model()
     device = models.default_device()

@@ -293,8 +293,6 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
 
     ours = contender.startswith("ours")
     experiment = experiment_of(model, method, precision, batch, ours)
-    if not ours:
-        models.fuse_ = models.use_cpu_attention_ = lambda built: built
     text = data.banking77()
     tokenizer = models.load_tokenizer(experiment.model)
     tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
@@ -352,7 +350,7 @@ def experiment_of(model: str, method: str, precision: str, batch: int, ours: boo
         changes |= {"model.name": "shape:dialogpt-medium", "model.random_weights": True}
     experiment = preset(f"{MODELS[model]}_{method}").override(changes)
     if not ours:  # what people have: no saving that the kit alone knows
-        experiment = experiment.override({"model.lean": False})
+        experiment = experiment.override({"model.lean": False, "model.fused": False})
     return experiment
 
 

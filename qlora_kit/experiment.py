@@ -52,6 +52,8 @@ class ModelSpec:
         layers: Keep the base's first so many layers alone; None for all.
         lean: Let norms hand on the precision that they are given and GPT-2's GELU keep nothing but its input: the
             same mathematics with half of the activations, or less.
+        fused: Compute each adapted layer as one operation, and attention over short texts on a CPU by plain products:
+            the same mathematics in less time and memory. False leaves PEFT's and transformers' own.
         random_weights: Build the base from its config with seeded random weights. It measures memory and
             speed; any accuracy it shows says nothing.
     """
@@ -64,6 +66,7 @@ class ModelSpec:
     dropout: float | None = None
     layers: int | None = None
     lean: bool = False
+    fused: bool = True
     random_weights: bool = False
 
     def __post_init__(self) -> None:

@@ -260,7 +260,7 @@ def _run(experiment: Experiment, model: nn.Module, batch: int, length: int, wher
     if most and length > most:
         raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
     dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
-    stage = Stage(where.kind, where.capability, dtype, padded)
+    stage = Stage(where.kind, where.capability, dtype, padded, experiment.model.fused)
     tape = Tape("meta", _inside(where))
     tape.on_operation = stage.forget_casts
     step = _Step(experiment, model, tape, where)
@@ -353,7 +353,7 @@ def _skeleton(experiment: Experiment, precision: str, labels: int, where: Device
     finally:
         torch.set_rng_state(rng)
     model = model.to("meta")
-    if where.kind == "cpu":
+    if where.kind == "cpu" and experiment.model.fused:
         use_cpu_attention_(model)
     if experiment.training.gradient_checkpointing:
         training.enable_checkpointing(model, experiment.training.use_reentrant)

@@ -596,7 +596,9 @@ def build(
     adapted.peft_config["default"].base_model_name_or_path = experiment.model.name
     check_head(adapted, heads)
     _position_ids_from_mask(adapted)
-    return fuse_(adapted).train()
+    if experiment.model.fused:
+        fuse_(adapted)
+    return adapted.train()
 
 
 def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfig:
@@ -698,7 +700,7 @@ def build_classifier(
         setattr(model, flag, experiment.quantization.scheme in schemes)
     for name in head_modules(model):
         getattr(model, name).float()
-    if device.type == "cpu":
+    if device.type == "cpu" and spec.fused:
         use_cpu_attention_(model)
     return keep_weights_as_stored_(model).eval()
 

@@ -165,14 +165,17 @@ class Stage(TorchFunctionMode):
         capability: Compute capability of the GPU.
         dtype: What autocast computes in, or None for no autocast.
         padded: Whether the batches have padding.
+        fused: Whether attention on a CPU is the kit's own (`qlora_kit.fused`), which is in fp32.
     """
 
-    def __init__(self, device: str, capability: tuple[int, int], dtype: torch.dtype | None, padded: bool) -> None:
+    def __init__(
+        self, device: str, capability: tuple[int, int], dtype: torch.dtype | None, padded: bool, fused: bool = True
+    ) -> None:
         super().__init__()
         self.device, self.capability, self.padded = device, capability, padded
         self.dtype = dtype
-        # On a CPU attention is the kit's own, in fp32 (`qlora_kit.fused`).
-        self.sixteen = _SIXTEEN if device == "cuda" else _SIXTEEN - {"scaled_dot_product_attention"}
+        own = device == "cpu" and fused
+        self.sixteen = _SIXTEEN - {"scaled_dot_product_attention"} if own else _SIXTEEN
         self.fp32 = _FP32 if device == "cuda" else _FP32_CPU
         self.casting = False
         self._casts: dict[int, torch.Tensor] = {}

@@ -15,17 +15,14 @@ BATCH = {
 }
 
 
-def step(experiment, precision="fp32", theirs=False):
+def step(experiment, precision="fp32", fused=True):
     """Return a training step's logits and the gradients of every trained weight."""
+    experiment = experiment.override({"model.fused": fused})
     model = models.build(experiment, ["a", "b", "c", "d"], pad_token_id=0)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start, which would hide A's gradient
             parameter.data.normal_(std=0.05, generator=generator)
-    if theirs:
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                vars(module).pop("forward", None)
     torch.manual_seed(0)
     with models.computing(torch.device("cpu"), precision):
         out = model(**BATCH)
@@ -39,7 +36,7 @@ def step(experiment, precision="fp32", theirs=False):
 def test_a_step_is_that_of_peft(name, scheme, dropout, tiny_experiment):
     experiment = tiny_experiment(name, quantization__scheme=scheme, lora__dropout=dropout)
     logits, gradients = step(experiment)
-    peft_logits, peft_gradients = step(experiment, theirs=True)
+    peft_logits, peft_gradients = step(experiment, fused=False)
     assert torch.allclose(logits, peft_logits, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == peft_gradients.keys()
     for key, gradient in gradients.items():
@@ -55,7 +52,7 @@ def test_in_bf16_it_is_as_near_to_fp32_as_peft_is(name, tiny_experiment):
     def away(gradients):
         return max(float((gradients[key] - exact[key]).norm() / exact[key].norm()) for key in exact)
 
-    ours, theirs = away(step(experiment, "bf16")[1]), away(step(experiment, "bf16", theirs=True)[1])
+    ours, theirs = away(step(experiment, "bf16")[1]), away(step(experiment, "bf16", fused=False)[1])
     assert 0 < ours < 2 * theirs
 
 
@@ -81,13 +78,10 @@ def test_int8_layers_are_left_alone(tiny_experiment):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_attention_on_the_cpu_is_that_of_transformers(name, tiny_experiment, monkeypatch):
+def test_longer_texts_take_torchs_own_attention(name, tiny_experiment, monkeypatch):
     experiment = tiny_experiment(name, lora__dropout=0.0)
     ours = step(experiment)[0]
-    monkeypatch.setattr(models, "use_cpu_attention_", lambda model: model)
-    assert torch.allclose(ours, step(experiment)[0], rtol=1e-5, atol=1e-6)
-    monkeypatch.undo()
-    monkeypatch.setattr(fused, "PLAIN_UP_TO", 4)  # longer texts take torch's own kernel
+    monkeypatch.setattr(fused, "PLAIN_UP_TO", 4)
     assert torch.allclose(ours, step(experiment)[0], rtol=1e-5, atol=1e-6)
 
 

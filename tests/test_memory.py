@@ -28,6 +28,7 @@ def shaped(preset: str = RECIPE, shape: str = "dialogpt-medium", **changes):
     ("name", "changes"),
     [
         ("gpt2", {"training__gradient_checkpointing": True}),
+        ("gpt2", {"model__fused": False}),
         ("gpt2", {"lora": None, "quantization__scheme": "none"}),
         ("llama", {"quantization__scheme": "int8", "training__optimizer": "paged_adamw_8bit"}),
         ("llama", {"training__gradient_checkpointing": True, "training__use_reentrant": True}),
