@@ -187,7 +187,7 @@ def saving(path: str | Path) -> Iterator[None]:
                 f"there is no room left on the disk for {path}. What was saved before is whole; make room (or "
                 "choose another folder) and run the same command again"
             ) from error
-        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise KitError(f"{path} cannot be written: {os.strerror(number)}. Choose another folder") from error
         raise
 

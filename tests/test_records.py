@@ -64,6 +64,12 @@ def test_a_file_is_written_whole_and_read_back(tmp_path):
     assert file.read_text() == before and len(list(file.parent.iterdir())) == 1
 
 
+def test_where_a_file_cannot_be_it_is_named(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(KitError, match=re.escape(f"{tmp_path / 'taken' / 'a.json'} cannot be written")):
+        records.write_json(tmp_path / "taken" / "a.json", {})
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(KitError, match=r"gone\.json is missing"):
         records.read_json(tmp_path / "gone.json")
@@ -179,6 +185,7 @@ def test_an_environment_says_what_it_was_made_with():
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "transformers", "peft", "bitsandbytes", "numpy"} <= found["versions"].keys()
     assert found["versions"]["numpy"] == np.__version__
+    assert found["commit"] == records.commit()
     assert records.environment()["checksums"] == {"data": None, "base": None}
     import torch
 
