@@ -1,0 +1,179 @@
+"""Train for long and watch memory: results/soak.json.
+
+    python benchmarks/soak.py; python benchmarks/soak.py --padding max_length
+    python benchmarks/soak.py --steps 20000 --out runs/soak.json
+
+2,000 steps on this machine's GPU, or on its CPU.
+
+The model is all-MiniLM-L6-v2 with the adapters and the 4-bit base of `minilm_banking77_qlora`; on a CPU only its first
+two layers, so that it takes minutes. A checkpoint is written every 100 steps and an evaluation is made every 200, so
+that what these leave behind would be seen as well. Memory is what is held between two steps: the process's resident
+set; with glibc, what of it malloc has handed out (the rest is free, and kept for later); and on a GPU what torch's
+allocator has handed out and reserved. Batches padded to their longest text have hundreds of shapes, and libraries keep
+something for each that they have seen; with `--padding max_length` there is one shape, and what grows then is a leak.
+A row a device and padding; the file's other rows stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import operator
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# The library first: it sees to how bitsandbytes is imported.
+import qlora_kit as qk  # noqa: E402
+from qlora_kit import models, records  # noqa: E402
+
+# isort: split
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+PRESET = "minilm_banking77_qlora"
+COMMAND = "python benchmarks/soak.py; python benchmarks/soak.py --padding max_length"
+WARM = 200  # steps after which nothing may grow: everything has been allocated once
+ROWS_A_STEP = 8
+CHANGES = {
+    "data.limit": WARM * ROWS_A_STEP,  # an epoch, and so an evaluation, every `WARM` steps
+    "training.batch_size": ROWS_A_STEP,
+    "training.checkpoint_steps": WARM // 2,
+    "training.threads": 1,
+    "tracking.wandb": "none",
+}
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2` (malloc/malloc.h)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def handed_out() -> int | None:
+    """Return the bytes that malloc has handed out and not got back, or None without glibc 2.33 or newer."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
+
+
+class Memory(TrainerCallback):
+    """Notes what memory is held, between two steps, every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.process = psutil.Process()
+        self.rows: list[dict[str, int]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure before a step, when the last one's evaluation and checkpoint are done."""
+        if state.global_step and state.global_step % self.every == 0:
+            self.measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure once more after the last step's evaluation and checkpoint."""
+        self.measure(state.global_step)
+
+    def measure(self, step: int) -> None:
+        """Add a row, and print it."""
+        row = {"step": step, "resident_bytes": self.process.memory_info().rss}
+        in_use = handed_out()
+        if in_use is not None:
+            row["malloc_bytes"] = in_use
+        if torch.cuda.is_available():
+            row |= {"allocated_bytes": torch.cuda.memory_allocated(), "reserved_bytes": torch.cuda.memory_reserved()}
+        self.rows.append(row)
+        print(", ".join(f"{name.removesuffix('_bytes')} {value:,}" for name, value in row.items()), flush=True)
+
+
+def growth(rows: list[dict[str, int]], start: int) -> dict[str, float]:
+    """Return by how much each kind of memory grew from a step to the end, in per cent."""
+    first = next(row for row in rows if row["step"] >= start)
+    return {name.removesuffix("_bytes"): 100 * (rows[-1][name] / first[name] - 1) for name in first if name != "step"}
+
+
+def soak(steps: int, every: int, padding: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train, and return the row and the environment that it was made in."""
+    cuda = torch.cuda.is_available()
+    experiment = qk.preset(PRESET).override(
+        {
+            **CHANGES,
+            "data.max_length": 32,  # so that one shape is not mostly padding
+            "model.layers": None if cuda else 2,
+            "training.epochs": steps / WARM,
+            "training.max_steps": steps,
+            "training.padding": padding,
+        }
+    )
+    memory = Memory(every)
+    with tempfile.TemporaryDirectory() as folder:
+        run = qk.finetune(experiment, out=folder, progress=False, callbacks=[memory])
+        losses = [entry["loss"] for entry in run.training["losses"]]
+        environment = run.environment
+        timing = run.training["timing"]
+    row = {
+        "model": experiment.model.name,
+        "layers": experiment.model.layers,
+        "method": "qlora",
+        "scheme": experiment.quantization.scheme,
+        "batch": ROWS_A_STEP,
+        "padding": padding,
+        "steps": steps,
+        "evaluations": len(run.training["epochs"]),
+        "from_step": WARM,
+        "growth_percent": growth(memory.rows, WARM),
+        "second_half_growth_percent": growth(memory.rows, steps // 2),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "train_seconds": timing["train_seconds"],
+        "device": environment["device"],
+        "kind": models.default_device().type,
+        "memory": memory.rows,
+    }
+    return row, environment
+
+
+def main() -> int:
+    """Run it and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (2000)")
+    parser.add_argument("--every", type=int, default=50, help="steps between two measurements (50)")
+    parser.add_argument("--padding", choices=("buckets", "max_length"), default="buckets")
+    parser.add_argument("--out", default="results/soak.json")
+    options = parser.parse_args()
+    if options.steps <= WARM + options.every:
+        parser.error(f"--steps must be more than {WARM + options.every}: memory is compared with that at step {WARM}")
+    os.environ["WANDB_MODE"] = "disabled"
+    row, environment = soak(options.steps, options.every, options.padding)
+    out = Path(options.out)
+    before = records.read_json(out)["rows"] if out.is_file() else []
+    key = operator.itemgetter("kind", "padding")
+    rows = sorted(
+        [*(other for other in before if key(other) != key(row)), {**row, "environment": environment}], key=key
+    )
+    command = COMMAND if options.steps == 2000 else f"python benchmarks/soak.py --steps {options.steps}"
+    # Each row has an environment of its own; the file's is that of whoever wrote it last.
+    records.write_json(out, {"schema": 1, "environment": environment, "command": command, "rows": rows})
+    for name, percent in row["growth_percent"].items():
+        half = row["second_half_growth_percent"][name]
+        print(f"{name}: {percent:+.2f}% from step {WARM} to step {options.steps}, {half:+.2f}% over the second half")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
