@@ -221,6 +221,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # What was refused before anything was written leaves no folder behind. (It may have been moved meanwhile.)
+        with contextlib.suppress(OSError):
+            if os.listdir(folder) == [".lock"]:
+                os.unlink(folder / ".lock")
+                folder.rmdir()
         os.close(descriptor)
 
 

@@ -158,6 +158,10 @@ def test_a_folder_is_one_processs_at_a_time(tmp_path):
         raise RuntimeError  # the lock goes with the block, however it ends
     with records.locked(tmp_path / "run"):
         pass
+    assert not (tmp_path / "run").exists()  # nothing was written: nothing is left
+    with records.locked(tmp_path / "run"):
+        (tmp_path / "run" / "kept").touch()
+    assert (tmp_path / "run" / "kept").exists()
 
 
 def test_links_are_refused_wherever_they_are(tmp_path):
