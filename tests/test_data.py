@@ -332,6 +332,23 @@ def test_missing_values_of_other_kinds(tmp_path):
         read(table, text="label")
 
 
+def test_the_table_at_fault_is_named():
+    good = pandas.DataFrame(ROWS, columns=["text", "label"])
+    bad = good.copy()
+    bad.loc[2, "text"] = " "
+    with pytest.raises(KitError, match=r"^test, row 3: the text"):
+        qk.text_classification(good, test=bad, validation=0.2)
+    with pytest.raises(KitError, match=r"^train, row 3: the text"):
+        qk.text_classification(bad, test=good, validation=0.2)
+    both = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_pandas(good), "extra": datasets.Dataset.from_pandas(bad)}
+    )
+    with pytest.raises(KitError, match=r"split extra, row 3: the text"):
+        qk.text_classification(both, test="extra", validation=0.2)
+    with pytest.raises(KitError, match=r"^train: there is no column 'txt'"):
+        qk.text_classification(datasets.Dataset.from_pandas(good), text="txt", test=0.2)
+
+
 def test_labels_that_training_lacks_are_named(tmp_path):
     train = write_csv(tmp_path / "train.csv")
     test = write_csv(tmp_path / "test.csv", [*ROWS[:3], ("blue whale", "animals")])
@@ -511,8 +528,10 @@ def test_long_texts_are_cut_and_counted_once(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(kit.tokenize(tokenizer, texts, 128, "refuse")[1]) == 52
-    with pytest.raises(KitError, match="at most 512"):
-        kit.tokenize(tokenizer, texts, 4096)
+    assert kit.tokenize(tokenizer, texts[:1], 512) == [ids[0]]
+    for beyond in (513, 4096):
+        with pytest.raises(KitError, match="at most 512"):
+            kit.tokenize(tokenizer, texts, beyond)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -539,6 +558,7 @@ def test_collator_widths():
     assert width("longest", edges=kit.BUCKET_EDGES) == 12
     assert width("longest", 10, edges=kit.BUCKET_EDGES) == 10  # no wider than a text may be
     assert "labels" not in kit.collator(0)(both)
+    assert width("longest", edges=(4, 10, 40)) == 10
     with pytest.raises(KitError, match=r"'longst'.*'longest'"):
         kit.collator(0, "longst")
     with pytest.raises(KitError, match="side"):
