@@ -90,13 +90,14 @@ def test_trainable_weights_that_are_not_fp32_are_noticed(tiny_experiment):
         models.check_head(model, [])
 
 
-def test_a_16_bit_base_keeps_fp32_trainable_weights(tiny_experiment, monkeypatch):
-    experiment = tiny_experiment("gpt2", quantization__scheme="none")
+@pytest.mark.parametrize(("device", "stored"), [("meta", torch.bfloat16), ("cpu", torch.float32)])
+def test_a_16_bit_base_keeps_fp32_trainable_weights(tiny_experiment, monkeypatch, device, stored):
+    # A plan's shapes are stored as a GPU stores them; a CPU keeps what is not quantized in fp32.
+    experiment = tiny_experiment("gpt2", quantization__scheme="none", model__random_weights=True)
     monkeypatch.setattr(models, "resolve_precision", lambda precision, device: "bf16")
-    tokenizer = models.load_tokenizer(experiment.model)
-    model = models.build(experiment, LABELS, device=CPU, pad_token_id=tokenizer.pad_token_id)
+    model = models.build(experiment, LABELS, device=torch.device(device), pad_token_id=0)
     frozen = {p.dtype for p in model.get_base_model().transformer.parameters() if not p.requires_grad}
-    assert frozen == {torch.bfloat16}
+    assert frozen == {stored}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
