@@ -79,7 +79,7 @@ def anatomy(model: nn.Module) -> list[Part]:
         stored = linear_storage(module)
         if stored is not None and stored.quantized and id(module.weight) not in seen:
             bits = f"{round(8 * stored.bytes / stored.parameters)} bits"
-            add(_part(name, module, heads), bits, False, stored.parameters, stored.bytes + stored.table_bytes)
+            add(part_of(name, module, heads), bits, False, stored.parameters, stored.bytes + stored.table_bytes)
             seen.update(id(tensor) for tensor in (module.weight, *module.buffers(recurse=False)))
         own: list[tuple[str, torch.Tensor]] = [
             *module.named_parameters(recurse=False),
@@ -88,7 +88,7 @@ def anatomy(model: nn.Module) -> list[Part]:
         for leaf, tensor in own:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                part = _part(f"{name}.{leaf}", module, heads, leaf)
+                part = part_of(f"{name}.{leaf}", module, heads, leaf)
                 if part.startswith("base") and not isinstance(tensor, nn.Parameter):
                     part = "base, buffers"
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -140,7 +140,15 @@ def table(parts: Sequence[Part]) -> list[dict[str, Any]]:
     ]
 
 
-def _part(name: str, module: Any, heads: Sequence[str], leaf: str = "weight") -> str:
+def part_of(name: str, module: Any, heads: Sequence[str], leaf: str = "weight") -> str:
+    """Name the part of a classifier that a tensor belongs to.
+
+    Args:
+        name: The module's name in the model.
+        module: The module that holds the tensor.
+        heads: Names of the head's modules.
+        leaf: The tensor's name in the module.
+    """
     path = f".{name}."
     if is_head_parameter(path) or any(path.startswith(f".{head}.") for head in heads):
         return "head"

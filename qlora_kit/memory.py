@@ -464,13 +464,13 @@ class _Step:
 
 def _kinds(model: nn.Module) -> dict[int, str]:
     """Name what each storage of a model is for."""
-    from .anatomy import _part
+    from .anatomy import part_of
 
     heads = [] if isinstance(model, peft.PeftModel) else models.head_modules(model)
     kinds: dict[int, str] = {}
     for name, module in model.named_modules():
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            part = _part(f"{name}.{leaf}", module, heads, leaf)
+            part = part_of(f"{name}.{leaf}", module, heads, leaf)
             if part in ("adapters", "head"):
                 part = "adapters and head"
             elif part == "base, buffers":
@@ -1117,7 +1117,7 @@ class _Watcher:
         self.tape.phase = "optimizer"
 
     def step_ends(self, step: int) -> None:
-        training._wait()
+        training.wait()
         if 1 < step <= 1 + self.steps:
             self.seconds.append(time.perf_counter() - self._started)
         if self.cuda and step == 1 + self.steps:

@@ -161,7 +161,7 @@ def search(
     if data is None:
         data = load(experiment.data)
     else:
-        experiment = training._with_data(experiment, data)
+        experiment = training.with_data(experiment, data)
     folder = Path(out) / safe_name("search", name or f"{experiment.name}_search")
     begun = {
         "experiment": experiment.to_dict() | {"tracking": None},
@@ -458,7 +458,7 @@ class _Searcher(training.KitTrainer):
             training.enable_checkpointing(model, spec.use_reentrant)
         if experiment.model.head_init == "class_means":
             precision = models.resolve_precision(spec.precision, self.device)
-            training._start_head(experiment, model, self.tokenizer, self.data, self.device, precision, False)
+            training.start_head(experiment, model, self.tokenizer, self.data, self.device, precision, False)
         # finetune's random numbers start here too: equal settings give equal results.
         transformers.set_seed(spec.seed)
         return model

@@ -173,7 +173,7 @@ class _Meter(TrainerCallback):
 
     def _stop(self) -> None:
         if self.started is not None:
-            _wait()
+            wait()
             self.seconds += time.perf_counter() - self.started
             self.started = None
 
@@ -255,7 +255,8 @@ def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:
     return [EarlyStoppingCallback(spec.early_stopping)] if spec.early_stopping else []
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Wait for what the GPU has been given, where there is one: before a clock is read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -418,7 +419,7 @@ def finetune(
     if data is None:
         data = load(experiment.data)
     else:
-        experiment = _with_data(experiment, data)
+        experiment = with_data(experiment, data)
     folder = Path(out) / safe_name("run", name or f"{experiment.name}_seed{spec.seed}")
     base = models.find_base(experiment.model)
     records.refuse_links(folder)
@@ -454,7 +455,7 @@ def finetune(
                 if checkpoint is not None:
                     logger.warning("Going on from %s.", checkpoint)
                 elif experiment.model.head_init == "class_means":
-                    _start_head(experiment, model, tokenizer, data, device, precision, progress)
+                    start_head(experiment, model, tokenizer, data, device, precision, progress)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                 train_seconds = time.perf_counter() - train_started
                 # By another prefix W&B would show these as test scores.
@@ -469,8 +470,13 @@ def finetune(
     return Run(folder)
 
 
-def _with_data(experiment: Experiment, data: TextData) -> Experiment:
-    """Return the experiment on other data; a preset's name says so."""
+def with_data(experiment: Experiment, data: TextData) -> Experiment:
+    """Return an experiment on other data; a preset's name says so.
+
+    Args:
+        experiment: The experiment.
+        data: What it is to be trained on.
+    """
     name = experiment.name
     if data.spec.name != "banking77" and experiment.data.name == "banking77":
         stem = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(data.spec.name).stem).strip("-.") or "data"
@@ -573,7 +579,7 @@ def trainer_data(
     }
 
 
-def _start_head(
+def start_head(
     experiment: Experiment,
     model: torch.nn.Module,
     tokenizer: Any,
@@ -582,7 +588,17 @@ def _start_head(
     precision: str,
     progress: bool,
 ) -> None:
-    """Start a cosine head from the class means of the untrained model's states."""
+    """Start a cosine head from the class means of the untrained model's states, in place (`model.head_init`).
+
+    Args:
+        experiment: The model's.
+        model: As `models.build` made it.
+        tokenizer: Its tokenizer.
+        data: Its training rows are read, in one forward pass.
+        device: Where the model is.
+        precision: `fp32`, `fp16` or `bf16`.
+        progress: Show a progress bar.
+    """
     states = models.forward_texts(
         model,
         tokenizer,
