@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import TrainerCallback
 
 import qlora_kit as qk
@@ -439,3 +443,11 @@ def test_no_room_on_the_disk_is_one_clear_message(finished, topics, tmp_path, mo
     again = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
     assert again.training["timing"]["resumed_from_step"] == 4
     assert all(torch.equal(weights_of(run)[name], value) for name, value in weights_of(again).items())
+
+
+def test_peak_memory_is_this_processs_own():
+    held = np.ones(2**27)  # 1 GiB, which the process that is measured does not have
+    code = "from qlora_kit import training; print(training._most_resident())"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert 2**26 < int(result.stdout) < training._most_resident() - held.nbytes // 2
