@@ -28,7 +28,6 @@ matrix product and a copy.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -96,12 +95,12 @@ def race_all(options: argparse.Namespace) -> int:
     environment = records.environment(models.default_device())
     for row in rows:
         row["environment"] = environment
-    with contextlib.suppress(OSError):
-        if options.append:
-            before = records.read_json(options.out)
-            rows = merged(before["rows"], rows)
-            limits = merged(before.get("limit", []), limits)
     command = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    if options.append and Path(options.out).is_file():
+        before = records.read_json(options.out)
+        rows = merged(before["rows"], rows)
+        limits = merged(before["limit"], limits)
+        command = f"{before['command']}; {command}"
     result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows, "limit": limits}
     records.write_json(options.out, result)
     out = Path(options.out)
