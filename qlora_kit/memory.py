@@ -333,7 +333,7 @@ def _positions(model: nn.Module) -> int | None:
 def _precision(experiment: Experiment, where: Device) -> str:
     wanted = experiment.training.precision
     if where.kind == "cpu":
-        return models.resolve_precision(wanted, torch.device("cpu"))
+        return models.precision_of(experiment, torch.device("cpu"))
     if wanted == "auto":
         return where.precision
     if wanted == "bf16" and where.precision != "bf16":
@@ -959,7 +959,7 @@ def measure(
             "data.max_length": length,
         }
     )
-    precision = models.resolve_precision(experiment.training.precision, device)
+    precision = models.precision_of(experiment, device)
     name = torch.cuda.get_device_name(device) if cuda else "cpu"
     common: dict[str, Any] = {
         "experiment": experiment,

@@ -308,6 +308,22 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
+def precision_of(experiment: Experiment, device: torch.device) -> str:
+    """Return the precision that an experiment computes in on a device.
+
+    Args:
+        experiment: Asks for one in `training.precision`.
+        device: Where it runs.
+
+    Returns:
+        As `resolve_precision`; with 8-bit layers on a CPU `fp32`, whatever was asked for: bitsandbytes has no bf16
+        product for them there, and casting would only cost time.
+    """
+    if device.type == "cpu" and experiment.quantization.scheme == "int8":
+        return "fp32"
+    return resolve_precision(experiment.training.precision, device)
+
+
 @contextlib.contextmanager
 def computing(device: torch.device, precision: str) -> Iterator[None]:
     """Run a block's matrix products in `precision` (autocast), outside of the Trainer."""
@@ -663,7 +679,7 @@ def build_classifier(
         config.pad_token_id = pad_token_id
     config.use_cache = False
     _set_dropout(config, spec.dropout)
-    precision = resolve_precision(experiment.training.precision, device)
+    precision = precision_of(experiment, device)
     # In full fine-tuning every weight is trained, and what is trained is fp32. A CPU's bf16 is for training's matrix
     # products alone: what is not quantized stays fp32 there, so that it predicts in fp32 with the same weights.
     plain = experiment.lora is None or device.type == "cpu"
@@ -1237,7 +1253,7 @@ def embed(experiment: Experiment, texts: Sequence[str], *, progress: str | None 
         tokenizer,
         texts,
         device=device,
-        precision=resolve_precision(experiment.training.precision, device),
+        precision=precision_of(experiment, device),
         max_length=experiment.data.max_length,
         states=True,
         progress=progress,

@@ -493,7 +493,7 @@ class Run:
             tokenizer,
             texts,
             device=device,
-            precision=models.resolve_precision(self.experiment.training.precision, device),
+            precision=models.precision_of(self.experiment, device),
             max_length=self.experiment.data.max_length,
             batch_size=batch_size,
             too_long=self.experiment.data.too_long,

@@ -422,7 +422,7 @@ class _Searcher(training.KitTrainer):
             spec,
             self.folder / "checkpoints",
             device=self.device,
-            precision=models.resolve_precision(spec.precision, self.device),
+            precision=models.precision_of(experiment, self.device),
             steps=training.total_steps(spec, len(self.data.train)),
             tracked=False,
             progress=False,
@@ -457,7 +457,7 @@ class _Searcher(training.KitTrainer):
         if spec.gradient_checkpointing:
             training.enable_checkpointing(model, spec.use_reentrant)
         if experiment.model.head_init == "class_means":
-            precision = models.resolve_precision(spec.precision, self.device)
+            precision = models.precision_of(experiment, self.device)
             training.start_head(experiment, model, self.tokenizer, self.data, self.device, precision, False)
         # finetune's random numbers start here too: equal settings give equal results.
         transformers.set_seed(spec.seed)

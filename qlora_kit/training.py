@@ -445,7 +445,7 @@ def finetune(
         if spec.threads:
             torch.set_num_threads(spec.threads)
         device = models.default_device()
-        precision = models.resolve_precision(spec.precision, device)
+        precision = models.precision_of(experiment, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with _readable_memory(experiment):

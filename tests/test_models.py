@@ -231,6 +231,13 @@ def test_a_cpu_computes_in_what_it_has_in_hardware_and_says_so(caplog, monkeypat
         assert ("does not compute in bf16" in caplog.text) is not able
 
 
+def test_8_bit_layers_on_a_cpu_compute_in_fp32(tiny_experiment, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for scheme, precision in (("nf4", "bf16"), ("int8", "fp32")):
+        experiment = tiny_experiment("bert", training__precision="auto", quantization__scheme=scheme)
+        assert models.precision_of(experiment, CPU) == precision
+
+
 def test_embedded_models_come_from_their_packages_and_are_checked(monkeypatch, tmp_path):
     base = models.find_base(ModelSpec("embedded:minilm"))
     assert base.checksum == models.EMBEDDED["minilm"].sha256
