@@ -295,7 +295,9 @@ def test_a_killed_or_stopped_run_leaves_no_kernel_and_is_picked_up(tmp_path: Pat
         f"print('waiting')\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\nseen = [2]",
     )
     script = (
-        "import sys\nfrom qlora_kit.notebooks import run_notebooks\nrun_notebooks(*sys.argv[1:3], folder=sys.argv[3])"
+        # A shell that runs the tests in the background has told them to ignore Ctrl-C.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from qlora_kit.notebooks import run_notebooks\nrun_notebooks(*sys.argv[1:3], folder=sys.argv[3])"
     )
     out = tmp_path / "out"
     command = [sys.executable, "-c", script, PRESET, str(out), str(tmp_path / "books")]
