@@ -314,25 +314,32 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         training.enable_checkpointing(built, use_reentrant=False)
     wanted = "paged_adamw_8bit" if contender == "recipe" else "adamw_torch_fused"
     arguments = TrainingArguments(
+        **settings(batch, precision),
         output_dir=str(folder),
-        max_steps=10**6,
-        per_device_train_batch_size=batch,
         learning_rate=experiment.training.learning_rate,
         optim=training.resolve_optimizer(wanted, device),
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
         train_sampling_strategy="group_by_length" if contender in ("grouped", "compiled") else "random",
         torch_compile=contender == "compiled",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        label_names=["labels"],
-        remove_unused_columns=False,
         use_cpu=device.type == "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return Trainer(model=built, args=arguments, train_dataset=rows, data_collator=collate)
+
+
+def settings(batch: int, precision: str) -> dict[str, Any]:
+    """Return what every Trainer that is not the kit's is told alike."""
+    return {
+        "max_steps": 10**6,
+        "per_device_train_batch_size": batch,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+    }
 
 
 def experiment_of(model: str, method: str, precision: str, batch: int, ours: bool) -> Any:
@@ -358,7 +365,7 @@ def unsloth_trainer(model: str, method: str, precision: str, batch: int) -> Any:
     if model != "smollm2-135m":
         raise ImportError(f"unsloth has no {model}")
     import unsloth  # must come before transformers
-    from transformers import Trainer, TrainingArguments
+    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
     from qlora_kit import data, models
     from qlora_kit.experiment import preset
@@ -372,25 +379,17 @@ def unsloth_trainer(model: str, method: str, precision: str, batch: int) -> Any:
         load_in_4bit=method == "qlora",
         max_seq_length=experiment.data.max_length,
         num_labels=len(text.label_names),
-        auto_model=__import__("transformers").AutoModelForSequenceClassification,
+        auto_model=AutoModelForSequenceClassification,
     )
     built = unsloth.FastModel.get_peft_model(
         built, r=experiment.lora.r, lora_alpha=experiment.lora.alpha, lora_dropout=0, task_type="SEQ_CLS"
     )
     tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
     arguments = TrainingArguments(
+        **settings(batch, precision),
         output_dir="runs/speed-unsloth",
-        max_steps=10**6,
-        per_device_train_batch_size=batch,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
         optim="adamw_8bit",
         train_sampling_strategy="group_by_length",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        label_names=["labels"],
-        remove_unused_columns=False,
     )
     rows = data.TokenizedDataset(tokens, text.train.labels)
     return Trainer(

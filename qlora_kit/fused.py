@@ -125,8 +125,10 @@ def fuse_(model: nn.Module) -> nn.Module:
 
 def _plain(layer: Any) -> bool:
     base = layer.get_base_layer()
-    kinds = (nn.Linear, Conv1D, bnb.nn.Linear4bit, Int4Linear)
-    return isinstance(base, kinds) and not isinstance(base, bnb.nn.Linear8bitLt) and not layer.lora_variant
+    # The layers of 4 bits are nn.Linear too.
+    return (
+        isinstance(base, (nn.Linear, Conv1D)) and not isinstance(base, bnb.nn.Linear8bitLt) and not layer.lora_variant
+    )
 
 
 def _forward(layer: Any, theirs: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

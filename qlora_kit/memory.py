@@ -256,9 +256,7 @@ def plan(
 def _run(experiment: Experiment, model: nn.Module, batch: int, length: int, where: Device, padded: bool = True) -> Plan:
     """Run one step of a skeleton, and count."""
     precision = _precision(experiment, where)
-    most = _positions(model)
-    if most and length > most:
-        raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
+    _check_positions(model, experiment, length)
     dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
     stage = Stage(where.kind, where.capability, dtype, padded, experiment.model.fused)
     tape = Tape("meta", _inside(where))
@@ -328,6 +326,12 @@ def _check_shape(batch: int, length: int) -> None:
 def _positions(model: nn.Module) -> int | None:
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     return getattr(getattr(inner, "config", None), "max_position_embeddings", None)
+
+
+def _check_positions(model: nn.Module, experiment: Experiment, length: int) -> None:
+    most = _positions(model)
+    if most and length > most:
+        raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
 
 
 def _precision(experiment: Experiment, where: Device) -> str:
@@ -976,9 +980,7 @@ def measure(
             model = models.build(experiment, [f"label {i}" for i in range(labels)], device=device, pad_token_id=0)
         if experiment.training.gradient_checkpointing:
             training.enable_checkpointing(model, experiment.training.use_reentrant)
-        most = _positions(model)
-        if most and length > most:
-            raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
+        _check_positions(model, experiment, length)
         if cuda:
             gc.collect()
             torch.cuda.empty_cache()
