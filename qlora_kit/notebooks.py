@@ -38,7 +38,19 @@ import yaml
 from .errors import KitError, nearest, unknown
 from .experiment import Experiment, resolve_preset
 from .experiment import preset as load_preset
-from .records import SCHEMA, Run, load_run, locked, move_aside, newest_run, plain, read_json, write_json
+from .records import (
+    SCHEMA,
+    Run,
+    load_run,
+    locked,
+    move_aside,
+    newest_run,
+    plain,
+    read_json,
+    refuse_ways_out,
+    saving,
+    write_json,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 STATE = "run.json"
@@ -516,17 +528,16 @@ def _refuse_precious(out: Path) -> None:
 def _open(out: Path, plan: _Plan, screen: _Screen, locks: contextlib.ExitStack) -> dict[str, Any]:
     """Make OUT ready: go on with what is there, or move it aside. Returns the state to go on from."""
     if any(item.name not in _NOT_CONTENT for item in out.iterdir()):
-        state: dict[str, Any] = {}
-        with contextlib.suppress(KitError):
-            state = read_json(out / STATE)
-        known = isinstance(state, dict) and isinstance(state.get("notebooks"), dict)
-        reason = _difference(state, plan) if known else "it is not the start of this run"
+        state = _read_state(out)
+        reason = _difference(state, plan) if state else "it is not the start of this run"
         if reason is None:
-            finished = [name for name, entry in state["notebooks"].items() if entry.get("state") == "finished"]
+            # What was begun elsewhere, by whoever it was, is written into from here on.
+            refuse_ways_out(out)
+            finished = [name for name, entry in state["notebooks"].items() if entry["state"] == "finished"]
             words = f", after {', '.join(finished)}" if finished else ""
             screen.line(f"Going on with {out}{words}.")
-            for name, entry in state["notebooks"].items():
-                if name in plan.paths and entry.get("state") != "finished":
+            for name in plan.paths:
+                if name not in finished:
                     _keep_attempt(out, name)
             return state
         # The old folder's lock stays held, so that a third run that saw the old name cannot slip in between.
@@ -544,14 +555,30 @@ def _open(out: Path, plan: _Plan, screen: _Screen, locks: contextlib.ExitStack) 
     }
 
 
+def _read_state(out: Path) -> dict[str, Any]:
+    """Return what OUT/run.json holds, or nothing where it is not this runner's: names in it become names of files."""
+    state: Any = {}
+    if not (out / STATE).is_symlink():
+        with contextlib.suppress(KitError):
+            state = read_json(out / STATE)
+    entries = state.get("notebooks") if isinstance(state, dict) else None
+    known = isinstance(entries, dict) and all(
+        _NAME.fullmatch(name) and isinstance(entry, dict) and isinstance(entry.get("state"), str)
+        for name, entry in entries.items()
+    )
+    return state if known else {}
+
+
 def _keep_attempt(out: Path, name: str) -> None:
     """Put what a notebook that did not finish left behind into OUT/cut_off/DATE/, so that nothing is overwritten."""
-    left = [path for ending in (".ipynb", ".json", ".html", "") if (path := out / f"{name}{ending}").exists()]
+    places = (out / f"{name}{ending}" for ending in (".ipynb", ".json", ".html", ""))
+    left = [path for path in places if os.path.lexists(path)]
     if left:
         target = out / "cut_off" / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S.%f")
-        target.mkdir(parents=True)
-        for path in left:
-            path.rename(target / path.name)
+        with saving(target):
+            target.mkdir(parents=True)
+            for path in left:
+                path.rename(target / path.name)
 
 
 def _now() -> str:

@@ -36,6 +36,7 @@ SCHEMA = 1
 # What safetensors, tokenizers and torch say of a disk that is full: they write by themselves and raise no OSError.
 FULL = re.compile("No space left on device|Disk quota exceeded|iostream error|inline_container")
 PARTIAL = ".partial"  # how the name of a file ends while it is being written
+WANDB_RUN = re.compile(r"(offline-)?run-\d{8}_\d{6}-\w+")  # how W&B names a run's folder
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -240,6 +241,27 @@ def refuse_links(folder: Path) -> None:
     for item in (folder, *inside):
         if item.is_symlink():
             raise KitError(f"{item} is a symbolic link, and a run folder holds none: choose another name or folder")
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Refuse a folder with a symbolic link in it that leads out of it, and so what is written through it.
+
+    The folder itself may be one, for whoever named it knows where it leads. W&B's own run folders are left out: each
+    holds a link to W&B's log, and their names are new each time, so that nothing is written into one that is there.
+
+    Raises:
+        KitError: Naming the first.
+    """
+    home = folder.resolve()
+    for root, folders, files in os.walk(folder):
+        if os.path.basename(root) == "wandb":
+            folders[:] = [name for name in folders if not WANDB_RUN.fullmatch(name)]
+        for item in (Path(root) / name for name in sorted(folders + files)):
+            # realpath, since Path.resolve raises at links that lead in a circle.
+            if item.is_symlink() and not Path(os.path.realpath(item)).is_relative_to(home):
+                raise KitError(
+                    f"{item} is a symbolic link that leads out of {folder}: delete it, or choose another folder"
+                )
 
 
 # --- where it was made ------------------------------------------------------------------------------------------

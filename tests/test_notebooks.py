@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
+import hashlib
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from qlora_kit import notebooks, page, schemas
 from qlora_kit.errors import KitError
+from qlora_kit.experiment import preset as load_preset
 from qlora_kit.experiment import resolve_preset
 from qlora_kit.records import locked
 
@@ -329,6 +333,87 @@ def test_a_killed_or_stopped_run_leaves_no_kernel_and_is_picked_up(tmp_path: Pat
     said = run(tmp_path / "books", out)
     assert "after 01_first" in said
     assert seen(out, "02_slow") == [2]
+
+
+# --- somebody else's OUT ----------------------------------------------------------------------------------------
+
+
+def plant(link: Path, target: Path) -> None:
+    """Put a symbolic link where a file or folder is or would be."""
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target)
+
+
+def test_no_link_in_a_folder_that_was_cut_off_leads_out_of_it(books: Path, tmp_path: Path):
+    """A link is planted wherever the runner writes as it goes on, to something of ours and to what is not there."""
+    out, cut, ours, nothing = (tmp_path / name for name in ("out", "cut", "ours", "nothing"))
+    with pytest.raises(notebooks.NotebookFailed):
+        run(books, out)
+    shutil.copytree(out, cut)
+    ours.mkdir()
+    (ours / "thesis.txt").write_text("years of work")
+
+    (books / "flag").touch()
+    run(books, out)
+    changed = filecmp.dircmp(cut, out)
+    places = {*changed.right_only, *changed.diff_files} - {notebooks.STATE, ".lock"}
+    assert places >= {"cut_off", "02_second.ipynb", "02_second.json", "02_second.html", "index.html"}
+    # And where its notebooks write, and what it takes as it is.
+    places |= {"02_second", "02_second/figure.png", "runs", "runs/name", "runs/name/adapter", "01_first.html"}
+    for place in sorted(places):
+        for target in (ours, ours / "thesis.txt", nothing, Path(*[".."] * (place.count("/") + 1), "nothing")):
+            shutil.rmtree(out)
+            shutil.copytree(cut, out)
+            plant(out / place, target)
+            with pytest.raises(KitError, match=f"{re.escape(str(out / place))} is a symbolic link that leads out of"):
+                run(books, out)
+            assert tree(ours) == {"thesis.txt": "years of work"} and not nothing.exists()
+            assert not list(tmp_path.glob("out-*"))
+
+
+def test_links_that_stay_in_the_folder_and_wandbs_own_are_no_hindrance(books: Path, tmp_path: Path):
+    out, ours = tmp_path / "out", tmp_path / "ours"
+    with pytest.raises(notebooks.NotebookFailed):
+        run(books, out)
+    ours.write_text("years of work")
+    wandb = out / "runs" / "wandb" / "offline-run-20260102_030405-abcdefgh"
+    (wandb / "logs").mkdir(parents=True)
+    (wandb / "logs" / "debug-core.log").symlink_to(ours)
+    (wandb.parent / "latest-run").symlink_to(wandb.name)
+    # Were these followed, or the notebook that the state does not know of written over, something would be lost.
+    plant(out / "02_second.ipynb", Path("01_first.ipynb"))
+    plant(out / "02_second", Path("02_second"))
+    (out / "02_second.json").hardlink_to(ours)
+    state = json.loads((out / "run.json").read_text())
+    del state["notebooks"]["02_second"]
+    (out / "run.json").write_text(json.dumps(state))
+    first = (out / "01_first.ipynb").read_bytes()
+    (books / "flag").touch()
+    assert "Going on with" in run(books, out)
+    assert (out / "01_first.ipynb").read_bytes() == first and seen(out, "02_second") == [7, 1]
+    assert ours.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("entries", [{"../x": {"state": "finished"}}, {"03_third": ["finished"]}, None])
+def test_a_state_that_is_not_the_runners_own_is_moved_aside(books: Path, tmp_path: Path, entries: Any):
+    """A notebook's name in run.json is a file's name on the page that is written: `../x` would be written outside."""
+    out, ours, elsewhere = tmp_path / "out", tmp_path / "x.ipynb", tmp_path / "elsewhere.json"
+    out.mkdir()
+    shutil.copy(books / "01_first.ipynb", ours)
+    experiment = hashlib.sha256(load_preset(PRESET).to_yaml().encode()).hexdigest()
+    state = {"preset": PRESET, "experiment": experiment, "notebooks": entries or {}}
+    elsewhere.write_text(json.dumps(state))
+    if entries is None:
+        plant(out / "run.json", elsewhere)
+    else:
+        shutil.copy(elsewhere, out / "run.json")
+    assert "it is not the start of this run" in run(books, out, notebooks="01")
+    assert not ours.with_suffix(".html").exists()
+    assert json.loads(elsewhere.read_text()) == state
+    assert len(list(tmp_path.glob("out-*"))) == 1
 
 
 def wait_for(condition: Any, minutes: float = 1) -> None:
