@@ -3,6 +3,9 @@
 On a CPU with AVX512-BF16, bitsandbytes 0.50 looks for the package `kernels` while it is imported and, where
 that is installed, downloads compiled code from the hub and uses it. Nobody named that code, so for the length of
 the import the package is hidden; bitsandbytes then takes the kernels that it ships.
+
+Where the program has imported bitsandbytes before (`import peft` does so, and `from transformers import Trainer`), it
+is too late for that: what was downloaded is dropped, so that nothing runs it from here on, and a warning says so.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import functools
 import logging
 import sys
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _hidden: dict[str, Any] = {}
 if "bitsandbytes" not in sys.modules:
@@ -65,7 +70,21 @@ def _read_back_right() -> None:
         ops.lib = _FlatRows(ops.lib)  # type: ignore[assignment]
 
 
+def _drop_code_from_the_hub() -> None:
+    from bitsandbytes.backends.cpu import ops
+
+    # The name is there on a CPU with AVX512-BF16 alone, and without the package `kernels` it is None.
+    if getattr(ops, "gemm_4bit_forward_kernel", None) is not None:
+        ops.gemm_4bit_forward_kernel = None
+        logger.warning(
+            "bitsandbytes was imported before qlora_kit; it has found the package kernels and loaded compiled code "
+            "from the hub with it. From here on it uses its own instead. To keep the hub's from being loaded at all, "
+            "put `import qlora_kit.models` before transformers and peft, or uninstall kernels."
+        )
+
+
 _read_back_right()
+_drop_code_from_the_hub()
 
 
 def keep_weights_as_stored_(model: Any) -> Any:

@@ -212,6 +212,68 @@ def test_a_pickle_in_place_of_a_models_weights_does_not_run(tiny, tiny_experimen
     assert not mark.exists()
 
 
+# bitsandbytes asks the package `kernels` for code from the hub while it is imported. This one keeps a list instead.
+KERNELS = """
+from pathlib import Path
+seen = Path({seen!r})
+class Downloaded:
+    @staticmethod
+    def gemm_4bit_forward(x, weight, *rest):
+        seen.write_text(seen.read_text() + "ran ")
+        return x.new_zeros(len(x), len(weight))
+def get_kernel(name, **rest):
+    seen.write_text("loaded ")
+    return Downloaded
+"""
+FORWARD = """
+import torch
+def error():
+    import bitsandbytes
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    weight = layer.weight.data.clone()
+    layer, x = layer.to("cpu").eval(), torch.randn(1, 256).bfloat16()
+    with torch.no_grad():
+        return float((layer(x).float() - x.float() @ weight.T).norm() / (x.float() @ weight.T).norm())
+"""
+KIT_FIRST = """
+import qlora_kit.models
+from transformers import Trainer
+assert error() < 0.2
+import kernels
+assert kernels.get_kernel
+"""
+KIT_LAST = """
+import logging
+from transformers import Trainer
+assert error() == 1, "this is to be the way in"
+logging.basicConfig(format="%(name)s %(message)s")
+import qlora_kit.models, qlora_kit.training, qlora_kit.int4
+assert error() < 0.2
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or "avx512_bf16" not in Path("/proc/cpuinfo").read_text(),
+    reason="bitsandbytes asks for code from the hub on a CPU with AVX512-BF16 alone",
+)
+@pytest.mark.parametrize(("program", "seen", "said"), [(KIT_FIRST, "", 0), (KIT_LAST, "loaded ran ", 1)])
+def test_code_from_the_hub_for_bitsandbytes_does_not_run(tmp_path, program, seen, said):
+    """Whoever comes first; but what the program's own import of bitsandbytes has loaded before cannot be undone."""
+    (tmp_path / "kernels.py").write_text(KERNELS.format(seen=str(tmp_path / "seen")))
+    (tmp_path / "seen").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", FORWARD + program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "seen").read_text() == seen
+    assert done.stderr.count("qlora_kit._bnb bitsandbytes was imported before qlora_kit") == said
+    assert "put `import qlora_kit.models` before" in done.stderr or not said
+
+
 # ---- places ----
 
 
