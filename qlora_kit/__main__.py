@@ -11,14 +11,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import KitError, unknown
 
-COMMANDS = ("presets", "plan", "finetune", "evaluate", "predict", "rerun", "run-notebooks", "check")
+if TYPE_CHECKING:
+    from .experiment import Experiment
+
+COMMANDS = ("presets", "plan", "finetune", "evaluate", "predict", "search", "rerun", "run-notebooks", "check")
 
 EXAMPLES = """\
 examples, from nothing to a prediction:
@@ -30,6 +33,9 @@ examples, from nothing to a prediction:
 your own texts, with a column of texts and one of labels:
   python -m qlora_kit finetune minilm_banking77_qlora --name tickets \\
       --data tickets.csv --text message --label team --test 0.2
+
+better settings, by their score on validation rows alone:
+  python -m qlora_kit search minilm_banking77_qlora --trials 20
 
 everything at once, with figures and one page of results:
   python -m qlora_kit run-notebooks --preset minilm_banking77_smoke --out runs/smoke
@@ -87,6 +93,20 @@ PREDICT_EXAMPLES = """\
 examples:
   python -m qlora_kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
   python -m qlora_kit predict runs/tickets --json < texts.txt        one text a line, one JSON object a line
+"""
+
+SEARCH_EXAMPLES = """\
+examples:
+  python -m qlora_kit search minilm_banking77_qlora           20 trials on all rows: hours on a CPU
+  python -m qlora_kit search minilm_banking77_qlora --trials 10 --set data.limit=1000 --set training.epochs=2
+  python -m qlora_kit search minilm_banking77_qlora --space training.learning_rate=1e-4:1e-2:log --space lora.r=4,8,16
+  python -m qlora_kit search minilm_banking77_qlora --storage drive/study.db
+  python -m qlora_kit finetune runs/minilm_banking77_qlora_search/best.yaml --name searched --set data.limit=null
+
+LOW:HIGH is a range (with :log on a logarithmic scale), A,B,C are choices. Each trial trains a model anew; the first one
+is the experiment as it is. Validation rows decide. Test rows are not looked at: they are for the run that you train with
+best.yaml, whose path is the last line. The same command again goes on with a search that was cut off, and with a larger
+--trials it goes on with one that was not.
 """
 
 RERUN_EXAMPLES = """\
@@ -224,16 +244,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     finetune = command("finetune", "train an experiment into a run folder", _finetune, FINETUNE_EXAMPLES)
-    finetune.add_argument("experiment", help="a preset, auto, or an experiment's YAML file")
+    _take_experiment(finetune)
     finetune.add_argument("--out", default="runs", help="folder of the run folders (runs)")
     finetune.add_argument("--name", help="name of the run folder (the experiment's name and the seed)")
-    finetune.add_argument("--data", metavar="FILE", help="your own data: CSV, Parquet or a hub data set's name")
-    finetune.add_argument("--test", metavar="FILE|FRACTION", help="its test data: a file, a split, or a share of it")
-    finetune.add_argument("--text", metavar="COLUMN", help="its column of texts (text)")
-    finetune.add_argument("--label", metavar="COLUMN", help="its column of labels (label)")
-    finetune.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, as training.epochs=2"
-    )
     finetune.add_argument("--quiet", action="store_true", help="no progress bars")
 
     evaluate = command("evaluate", "test a finished run and write its evaluation.json", _evaluate, EVALUATE_EXAMPLES)
@@ -246,6 +259,22 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("texts", nargs="*", metavar="TEXT", help="texts; without any, lines of standard input")
     predict.add_argument("--top", type=int, default=3, help="how many labels a text (3)")
     predict.add_argument("--json", action="store_true", help="one JSON object a text")
+
+    search = command("search", "search for better settings, on validation rows alone", _search, SEARCH_EXAMPLES)
+    _take_experiment(search)
+    search.add_argument(
+        "--space",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUES",
+        help="what to search: a range LOW:HIGH[:log] or choices A,B,C (learning rate and LoRA's rank)",
+    )
+    search.add_argument("--trials", type=int, default=20, help="trials to have in the end (20)")
+    search.add_argument("--storage", metavar="FILE", help="Optuna's SQLite file (study.db in the search's folder)")
+    search.add_argument("--no-pruning", action="store_true", help="train every trial to its end")
+    search.add_argument("--out", default="runs", help="folder of the search's folder (runs)")
+    search.add_argument("--name", help="name of the search's folder (the experiment's name and _search)")
+    search.add_argument("--quiet", action="store_true", help="no progress bar")
 
     rerun = command("rerun", "run a record again and tell each difference", _rerun, RERUN_EXAMPLES)
     rerun.add_argument("record", metavar="RECORD", help="a run folder, a file in it, or 02_finetune.json")
@@ -268,6 +297,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _take_experiment(parser: argparse.ArgumentParser) -> None:
+    """Let a command take an experiment, the user's own data, and changes."""
+    parser.add_argument("experiment", help="a preset, auto, or an experiment's YAML file")
+    parser.add_argument("--data", metavar="FILE", help="your own data: CSV, Parquet or a hub data set's name")
+    parser.add_argument("--test", metavar="FILE|FRACTION", help="its test data: a file, a split, or a share of it")
+    parser.add_argument("--text", metavar="COLUMN", help="its column of texts (text)")
+    parser.add_argument("--label", metavar="COLUMN", help="its column of labels (label)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field, as training.epochs=2"
+    )
+
+
 def _presets(options: argparse.Namespace) -> int:
     from . import experiment
 
@@ -288,6 +329,20 @@ def _presets(options: argparse.Namespace) -> int:
 def _finetune(options: argparse.Namespace) -> int:
     from . import experiment
 
+    spec = _experiment(options)
+    if options.name is not None:
+        experiment.safe_name("run", options.name)
+    from .training import finetune
+
+    run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet)
+    print(run.path)
+    return 0
+
+
+def _experiment(options: argparse.Namespace) -> Experiment:
+    """Return the experiment that a command line describes."""
+    from . import experiment
+
     name, why = experiment.resolve_preset(options.experiment)
     if options.experiment == "auto":
         print(f"auto: {name} ({why})")
@@ -299,14 +354,7 @@ def _finetune(options: argparse.Namespace) -> int:
         changes["data.test"] = _number_or_text(options.test)
     if options.data is not None:
         changes["data.name"] = options.data
-    spec = experiment.preset(name).override(changes)
-    if options.name is not None:
-        experiment.safe_name("run", options.name)
-    from .training import finetune
-
-    run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet)
-    print(run.path)
-    return 0
+    return experiment.preset(name).override(changes)
 
 
 def _changes(pieces: Sequence[str]) -> dict[str, Any]:
@@ -403,6 +451,43 @@ def _predict(options: argparse.Namespace) -> int:
         else:
             print(_harmless(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best)))
     return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    spec = _experiment(options)
+    from .searching import parse_space, search
+
+    found = search(
+        spec,
+        parse_space(options.space) or None,
+        trials=options.trials,
+        out=options.out,
+        name=options.name,
+        storage=options.storage,
+        prune=not options.no_pruning,
+        progress=not options.quiet,
+    )
+    for trial in found.trials:
+        print(_harmless(f"trial {trial['number']:3}  {_reached(trial)}  {_settings(trial)}"))
+    try:
+        best = found.best_trial
+    except KitError as error:
+        return _say(str(error), 1)
+    rows = found.record["rows"]["validation"]
+    print(f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {rows} validation rows")
+    print(found.path / "best.yaml")
+    return 0
+
+
+def _reached(trial: Mapping[str, Any]) -> str:
+    if trial["state"] == "complete":
+        return f"macro F1 {trial['f1_macro']:.4f}"
+    return f"could not go on ({trial['error']})" if trial["error"] else f"stopped after epoch {len(trial['epochs'])}"
+
+
+def _settings(trial: Mapping[str, Any]) -> str:
+    values = trial["parameters"].items()
+    return "  ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values)
 
 
 def _rerun(options: argparse.Namespace) -> int:

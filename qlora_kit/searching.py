@@ -7,10 +7,11 @@ run trained with its settings is tested.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ _ARGUMENTS = (
 )
 # So many trials run whole before one may be pruned.
 UNPRUNED = 3
+# What the study is called in the storage of its own folder; in a storage elsewhere it has the search's name.
 STUDY = "search"
 
 
@@ -115,14 +117,65 @@ class Search:
         return self.experiment.override(self.best_trial["parameters"])
 
 
+def default_space(experiment: Experiment) -> dict[str, Sequence[Any]]:
+    """Return what is searched where nothing is named: the learning rate around the experiment's, and LoRA's rank.
+
+    Args:
+        experiment: What every trial starts from; the space holds its settings.
+    """
+    rate = experiment.training.learning_rate
+    space: dict[str, Sequence[Any]] = {"training.learning_rate": (rate / 10, rate * 3, "log")}
+    if experiment.lora is not None:
+        space["lora.r"] = sorted({4, 8, 16, experiment.lora.r})
+    return space
+
+
+def parse_space(pieces: Sequence[str]) -> dict[str, Sequence[Any]]:
+    """Read a space as a terminal writes it.
+
+    Args:
+        pieces: `FIELD=LOW:HIGH` and `FIELD=LOW:HIGH:log` for a range, `FIELD=A,B,C` for choices.
+
+    Returns:
+        The space, as `search` takes it.
+
+    Raises:
+        KitError: For a piece without values, and for a range that is not made of numbers.
+    """
+    space: dict[str, Sequence[Any]] = {}
+    for piece in pieces:
+        name, _, values = piece.partition("=")
+        if not values:
+            raise KitError(f"{piece!r} has no values: write training.learning_rate=1e-4:1e-2:log, or lora.r=4,8,16")
+        low, *rest = values.split(":")
+        if not rest:
+            space[name] = [_value(choice) for choice in values.split(",")]
+            continue
+        ends = (_value(low), _value(rest[0]))
+        if not all(isinstance(end, (int, float)) for end in ends):
+            raise KitError(f"{piece!r} is no range: write two numbers, as {name}=1e-4:1e-2:log")
+        space[name] = (*ends, *rest[1:])
+    return space
+
+
+def _value(text: str) -> Any:
+    """Return a setting's value from its text: a number, true, false, null, or the text itself."""
+    for kind in (int, float):
+        # YAML would take 1e-4, without a dot, for a text.
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False, "null": None}.get(text, text)
+
+
 def search(
     experiment: Experiment,
-    space: Mapping[str, Sequence[Any]],
+    space: Mapping[str, Sequence[Any]] | None = None,
     *,
     trials: int = 20,
     data: TextData | None = None,
     out: str | Path = "runs",
     name: str | None = None,
+    storage: str | Path | None = None,
     prune: bool = True,
     progress: bool = True,
 ) -> Search:
@@ -137,12 +190,14 @@ def search(
         experiment: What every trial starts from. With `training.keep_best` a trial counts with its best epoch, else
             with its last.
         space: By a setting's dotted name (`SEARCHABLE` lists them) `(low, high)`, `(low, high, "log")`, or a list of
-            choices: `{"training.learning_rate": (1e-4, 1e-2, "log"), "lora.r": [8, 16, 32]}`.
+            choices: `{"training.learning_rate": (1e-4, 1e-2, "log"), "lora.r": [8, 16, 32]}`. None for `default_space`.
         trials: Finished trials to have in the end, pruned ones included. A search that has fewer, because it was cut
             off or because this number was raised, goes on with those that are missing.
         data: The data, where it is not what `experiment.data` names.
         out: Folder that the search's folder is made in.
         name: Its name; by default the experiment's and `_search`.
+        storage: Optuna's SQLite file, by default `study.db` in the search's folder. Elsewhere, on a drive that outlives
+            the machine, it brings the search back where the folder is lost; it may hold searches of other names too.
         prune: Stop a trial after an epoch in which it is behind the median of the earlier ones.
         progress: Show a progress bar.
 
@@ -151,12 +206,14 @@ def search(
         Optuna's storage `study.db`.
 
     Raises:
-        KitError: Without the package optuna; for a space that cannot be searched, before anything is trained; and
-            when another process works on the same search.
+        KitError: Without the package optuna; for a space that cannot be searched, before anything is trained; for a
+            storage that has another search of this name; and when another process works on the same search.
     """
     _import_optuna()
     if trials < 1:
         raise KitError(f"trials is {trials}: allowed is 1 or more")
+    if space is None:
+        space = default_space(experiment)
     _check(experiment, space)
     if data is None:
         data = load(experiment.data)
@@ -169,10 +226,12 @@ def search(
         "data": data.checksum,
         "pruned": prune,
     }
-    _move_other_aside(folder, records.plain(begun))
-    with records.locked(folder):
-        records.write_json(folder / "begun.json", begun)
-        _run(experiment, space, trials, data, folder, prune, progress)
+    begun = records.plain(begun)
+    where = {} if storage is None else {"storage": str(Path(storage).resolve())}
+    _move_other_aside(folder, begun | where)
+    with records.locked(folder), _stored(folder, storage, begun) as study:
+        records.write_json(folder / "begun.json", begun | where)
+        _run(study, experiment, space, trials, data, folder, prune, progress)
     return Search(folder)
 
 
@@ -221,7 +280,42 @@ def _move_other_aside(folder: Path, begun: Any) -> None:
         logger.warning("%s held another search; it is now %s.", folder, records.move_aside(folder))
 
 
+@contextlib.contextmanager
+def _stored(folder: Path, storage: str | Path | None, begun: Any) -> Iterator[optuna.Study]:
+    """Open the search's study, in its folder or in the SQLite file that is named, for a block.
+
+    Raises:
+        KitError: When the file has another search of this name, is no such file, or another process works on it.
+    """
+    import optuna
+    import sqlalchemy
+
+    file, name = (folder / "study.db", STUDY) if storage is None else (Path(storage), folder.name)
+    with contextlib.ExitStack() as stack:
+        if storage is not None:  # the folder's own is locked with it
+            stack.enter_context(records.locked(file.with_name(f"{file.name}.lock")))
+        url = sqlalchemy.URL.create("sqlite", database=str(file.resolve())).render_as_string()
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        stack.callback(optuna.logging.set_verbosity, verbosity)
+        try:
+            opened = optuna.storages.RDBStorage(url)
+        except sqlalchemy.exc.DatabaseError as error:
+            raise KitError(f"{file} cannot be opened as Optuna's storage: {error.orig}") from error
+        stack.callback(opened.engine.dispose)
+        stack.callback(opened.remove_session)
+        study = optuna.create_study(storage=opened, study_name=name, direction="maximize", load_if_exists=True)
+        if study.user_attrs.get("begun", begun) != begun:
+            raise KitError(
+                f"{file} has another search called {name}: its experiment, space, data or pruning is not this "
+                "one's. Choose another name, or another storage"
+            )
+        study.set_user_attr("begun", begun)
+        yield study
+
+
 def _run(
+    study: optuna.Study,
     experiment: Experiment,
     space: Mapping[str, Sequence[Any]],
     trials: int,
@@ -230,18 +324,10 @@ def _run(
     prune: bool,
     progress: bool,
 ) -> None:
-    import optuna
-    import sqlalchemy
     from tqdm.auto import tqdm
 
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(
-        sqlalchemy.URL.create("sqlite", database=str((folder / "study.db").resolve())).render_as_string()
-    )
     bar = tqdm(total=trials, desc="search", unit="trial", disable=not progress)
     try:
-        study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize", load_if_exists=True)
         _tidy(study, experiment, space)
         bar.update(min(len(_ended(study)), trials))
         trainer = None
@@ -260,9 +346,6 @@ def _run(
         bar.close()
         # The Trainer makes it, and nothing is written into it.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        storage.remove_session()
-        storage.engine.dispose()
-        optuna.logging.set_verbosity(verbosity)
 
 
 def _ended(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
@@ -325,7 +408,7 @@ def _try_one(trainer: _Searcher, study: optuna.Study, experiment: Experiment, pr
             direction="maximize",
             backend="optuna",
             storage=study._storage,
-            study_name=STUDY,
+            study_name=study.study_name,
             load_if_exists=True,
             # Seeded by what is done already: a search that was cut off suggests what it would have suggested.
             sampler=optuna.samplers.TPESampler(seed=experiment.training.seed + done),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import qlora_kit as qk
+from qlora_kit import __main__ as cli
 from qlora_kit import records, searching
 from qlora_kit.experiment import Experiment
 
@@ -76,6 +79,127 @@ def test_a_search_goes_on_with_what_is_missing_and_another_is_moved_aside(start,
     assert len(other.trials) == 1
     (aside,) = (item for item in tmp_path.iterdir() if item.name.startswith("part-"))
     assert figures(qk.Search(aside)) == figures(whole) and before != (other.path / "search.json").read_bytes()
+
+
+def test_a_storage_elsewhere_brings_a_lost_search_back(start, topics, tmp_path):
+    drive = tmp_path / "drive" / "trials.db"
+
+    def tried(trials: int, out: str, space=SPACE, name: str = "mine", storage=drive) -> qk.Search:
+        return qk.search(
+            *(start, space), trials=trials, data=topics, out=tmp_path / out, name=name, storage=storage, progress=False
+        )
+
+    part = tried(1, "lost")
+    assert not (part.path / "study.db").exists()
+    # Another machine, where there is only the drive.
+    whole = tried(2, "new")
+    assert len(whole.trials) == 2 and figures(whole)[:1] == figures(part)
+    # A search of another name has trials of its own there; another search of this name is refused.
+    assert len(tried(1, "new", name="other").trials) == 1
+    with pytest.raises(qk.KitError, match="has another search called mine"):
+        tried(3, "third", space={"lora.r": [2, 4]})
+    assert not (tmp_path / "third" / "mine").exists()
+    # The same folder without the drive is another search: what it holds is not overwritten.
+    assert len(tried(1, "new", storage=None).trials) == 1
+    (aside,) = (item for item in (tmp_path / "new").iterdir() if item.name.startswith("mine-"))
+    assert figures(qk.Search(aside)) == figures(whole)
+    assert [item.name for item in drive.parent.iterdir()] == ["trials.db"]
+
+
+def test_a_storage_that_is_none_or_in_use_is_refused(start, topics, tmp_path):
+    (tmp_path / "notes.txt").write_text("no storage, " * 100)
+    for storage, message in ((tmp_path / "notes.txt", "not a database"), (tmp_path, "unable to open")):
+        with pytest.raises(qk.KitError, match=message):
+            qk.search(start, SPACE, trials=1, data=topics, out=tmp_path / "out", storage=storage, progress=False)
+    locked = records.locked(tmp_path / "used.db.lock")
+    with locked, pytest.raises(qk.KitError, match="another process is writing"):
+        qk.search(start, SPACE, trials=1, data=topics, out=tmp_path / "out", storage=tmp_path / "used.db")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_space_is_read_as_a_terminal_writes_it():
+    pieces = ["training.learning_rate=1e-4:1e-2:log", "lora.r=4,8,16", "training.epochs=1:3", "lora.dropout=0:0.2"]
+    pieces += ["training.schedule=linear,cosine", "quantization.double_quantization=true,false"]
+    pieces += ["training.warmup_steps=null,10", "lora.target_modules=all-linear"]
+    assert searching.parse_space(pieces) == {
+        "training.learning_rate": (1e-4, 1e-2, "log"),
+        "lora.r": [4, 8, 16],
+        "training.epochs": (1, 3),
+        "lora.dropout": (0, 0.2),
+        "training.schedule": ["linear", "cosine"],
+        "quantization.double_quantization": [True, False],
+        "training.warmup_steps": [None, 10],
+        "lora.target_modules": ["all-linear"],
+    }
+    for piece, message in (("lora.r", "has no values"), ("lora.r=", "has no values"), ("lora.r=a:b", "is no range")):
+        with pytest.raises(qk.KitError, match=message):
+            searching.parse_space([piece])
+
+
+def test_by_default_the_space_is_around_the_experiment(start):
+    rate = start.training.learning_rate
+    space = searching.default_space(start)
+    assert space == {"training.learning_rate": (rate / 10, rate * 3, "log"), "lora.r": [4, 8, 16]}
+    assert searching.default_space(start.override({"lora.r": 2}))["lora.r"] == [2, 4, 8, 16]
+    whole = start.override({"lora": None, "quantization.scheme": "none"})
+    assert list(searching.default_space(whole)) == ["training.learning_rate"]
+    searching._check(start, space)
+
+
+@pytest.fixture
+def terminal(start, topics, tmp_path, monkeypatch):
+    """Return the arguments of a search from a terminal, in a folder with an experiment and a CSV file."""
+    with open(tmp_path / "topics.csv", "w", newline="") as file:
+        rows = zip(topics.train.texts, topics.train.labels, strict=True)
+        csv.writer(file).writerows([("text", "label"), *((text, topics.label_names[label]) for text, label in rows)])
+    records.write_text(tmp_path / "start.yaml", start.to_yaml())
+    monkeypatch.chdir(tmp_path)
+    return ["search", "start.yaml", "--data", "topics.csv", "--test", "0.2", "--set", "data.validation=0.2", "--quiet"]
+
+
+def test_a_search_in_a_terminal_ends_with_the_best_experiment(terminal, capsys):
+    terminal += ["--name", "mine", "--space", "training.learning_rate=1e-7,5e-3", "--storage", "trials.db"]
+    assert cli.main([*terminal, "--trials", "1"]) == 0
+    capsys.readouterr()
+    assert cli.main([*terminal, "--trials", "3"]) == 0
+    found = qk.Search("runs/mine")
+    *trials, best, path = capsys.readouterr().out.splitlines()
+    assert trials == [
+        f"trial   {trial['number']}  macro F1 {trial['f1_macro']:.4f}  "
+        f"training.learning_rate={trial['parameters']['training.learning_rate']:g}"
+        for trial in found.trials
+    ]
+    assert len(trials) == 3
+    winner, rows = found.best_trial, found.record["rows"]["validation"]
+    assert best == f"best: trial {winner['number']}, macro F1 {winner['f1_macro']:.4f} on {rows} validation rows"
+    assert path == "runs/mine/best.yaml"
+    assert Experiment.from_yaml(path) == found.best and found.best.training.learning_rate == 5e-3
+
+
+def test_bad_input_to_a_search_is_one_line_and_a_search_without_a_result_a_failure(terminal, capsys, monkeypatch):
+    def refused(*more: str) -> str:
+        assert cli.main([*terminal, *more]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("qlora_kit: ") and said.err.count("\n") == 1
+        return said.err
+
+    assert "Did you mean 'training.learning_rate'" in refused("--space", "training.learning_rat=1e-4:1e-2")
+    assert "low below high" in refused("--space", "training.learning_rate=1e-2:1e-4")
+    assert "has no values" in refused("--space", "lora.r")
+    assert "trials is 0" in refused("--trials", "0")
+    assert "invalid int value: 'many'" in refused("--trials", "many")
+    assert "Did you mean 'training.epochs'" in refused("--set", "training.epoch=1")
+    assert "not a database" in refused("--storage", "topics.csv")
+    assert "cannot be the name of" in refused("--name", "../elsewhere")
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "optuna", None)
+        assert "pip install 'optuna" in refused()
+    assert not list(Path("runs").iterdir())
+
+    lost = ["--set", "training.learning_rate=1e30", "--set", "training.max_grad_norm=1e30", "--trials", "1"]
+    assert cli.main([*terminal, *lost, "--space", "training.learning_rate=1e30,1e29"]) == 1
+    said = capsys.readouterr()
+    assert "could not go on" in said.out and "no trial of runs/tiny_bert_search was finished" in said.err
 
 
 def test_a_trial_whose_loss_is_lost_is_told_and_the_search_goes_on(start, topics, tmp_path):
