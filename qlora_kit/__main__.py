@@ -104,9 +104,9 @@ examples:
   python -m qlora_kit finetune runs/minilm_banking77_qlora_search/best.yaml --name searched --set data.limit=null
 
 LOW:HIGH is a range (with :log on a logarithmic scale), A,B,C are choices. Each trial trains a model anew; the first one
-is the experiment as it is. Validation rows decide. Test rows are not looked at: they are for the run that you train with
-best.yaml, whose path is the last line. The same command again goes on with a search that was cut off, and with a larger
---trials it goes on with one that was not.
+is the experiment as it is. Validation rows decide. Test rows are not looked at: they are for the run that you train
+with best.yaml, whose path is the last line. The same command again goes on with a search that was cut off, and with a
+larger --trials it goes on with one that was not.
 """
 
 RERUN_EXAMPLES = """\

@@ -442,6 +442,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Test a finished run, from its folder alone, and write its `evaluation.json`.
 
+    Where W&B has tracked the training, the test is logged in the same W&B run (see `tracking.log_test`).
+
     Args:
         run: A run or its folder.
         baselines: True fits the baselines on the same rows; False leaves them out; what `baselines` returned
@@ -457,7 +459,8 @@ def evaluate(
         classes of the run and of the baselines), `data`, `timing` in seconds, `environment`.
 
     Raises:
-        KitError: The folder holds no finished run, or the data is not what the run was trained on.
+        KitError: The folder holds no finished run, or the data is not what the run was trained on; or, with all
+            written, W&B does not let in who asked for `online`.
     """
     start = time.perf_counter()
     if not isinstance(run, records.Run):
@@ -527,6 +530,9 @@ def evaluate(
         }
     )
     records.write_json(run.path / "evaluation.json", result)
+    from . import tracking
+
+    tracking.log_test(run, data.test.labels, result)
     return dict(result)
 
 

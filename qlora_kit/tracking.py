@@ -6,11 +6,14 @@ import contextlib
 import logging
 import netrc
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import evaluation
+from packaging.version import Version
+
+from . import evaluation, records
 from .errors import KitError
 from .experiment import Experiment
 
@@ -24,6 +27,10 @@ logger = logging.getLogger(__name__)
 INIT_SECONDS = 30
 # What W&B shows of one table.
 TABLE_ROWS = 10_000
+# The file of a run folder that says which W&B run its training was logged in.
+FILE = "tracking.json"
+# Before it an offline part did not say that it goes on with a run, and replaced what the run had (wandb/wandb#4624).
+RESUMES_OFFLINE = Version("0.31")
 
 
 @contextlib.contextmanager
@@ -32,8 +39,8 @@ def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run |
 
     Args:
         experiment: Says whether, and in which project; it is the run's config.
-        out: Folder that W&B makes its own folder `wandb/` in.
-        name: Name of the run.
+        out: Folder of run folders, which W&B makes its own folder `wandb/` in.
+        name: Name of the run and of its folder, which is told which W&B run it is (see `log_test`).
 
     Yields:
         The run, or None for no tracking. transformers' own callback logs into it.
@@ -43,9 +50,12 @@ def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run |
     """
     mode = wandb_mode(experiment.tracking.wandb)
     if mode is None:
+        # Of an earlier part of the training, which was cut off and tracked.
+        (out / name / FILE).unlink(missing_ok=True)
         yield None
         return
     run = _init(experiment, out, name, mode)
+    records.write_json(out / name / FILE, {"schema": records.SCHEMA, "id": run.id, "offline": run.offline})
     try:
         yield run
         run.finish()
@@ -54,7 +64,8 @@ def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run |
         raise
 
 
-def _init(experiment: Experiment, out: Path, name: str, mode: str) -> wandb.Run:
+def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str | None = None) -> wandb.Run:
+    """Open a new run, or go on with the one of that id, beside whichever run the user has open."""
     import wandb
 
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +77,10 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str) -> wandb.Run:
             mode=mode,  # type: ignore[arg-type]  # one of those
             config=experiment.to_dict(),
             settings=wandb.Settings(console="off", silent=mode == "offline", init_timeout=INIT_SECONDS),
-            reinit="finish_previous",
+            id=resumed,
+            resume="allow" if resumed else None,
+            # transformers' callback logs into the run that is open; into a resumed one nobody does but ourselves.
+            reinit="create_new" if resumed else "finish_previous",
         )
     except wandb.Error as error:
         reason = " ".join(str(error).split())[:200]
@@ -76,7 +90,7 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str) -> wandb.Run:
                 "none"
             ) from error
         logger.warning("W&B does not open an online run (%s); this one is offline (see `wandb sync`).", reason)
-        return _init(experiment, out, name, "offline")
+        return _init(experiment, out, name, "offline", resumed)
 
 
 def log_validation(
@@ -94,18 +108,92 @@ def log_validation(
     """
     if run is None:
         return
+    run.log(
+        {
+            "validation/per_label": _table(evaluation.per_label(logits, labels, names)),
+            "validation/confusions": _table(_confused(logits, labels, texts, names)),
+            **_matrix("validation", labels, logits.argmax(axis=1).tolist(), names),
+        }
+    )
+
+
+def log_test(run: records.Run, labels: Sequence[int], result: Mapping[str, Any]) -> None:
+    """Log a run's test in the W&B run that its training was logged in: nothing where that was not tracked.
+
+    What was trained offline is tested offline, in a second folder of the same W&B run: `wandb sync` makes one of both.
+
+    Args:
+        run: A finished run.
+        labels: True classes of the test rows `[rows]`.
+        result: What `evaluate` writes. Its texts are not logged.
+
+    Raises:
+        KitError: When `online` was asked for and W&B does not let us in; when the folder's note is damaged.
+    """
+    mode, note = wandb_mode(run.experiment.tracking.wandb), run.path / FILE
+    if mode is None or not note.is_file():
+        return
+    begun = records.read_json(note)
+    # It becomes part of a folder's name.
+    if not (isinstance(begun, dict) and re.fullmatch(r"[\w-]{1,64}", str(begun.get("id")))):
+        raise KitError(f"{note} names no W&B run: delete it, and the test is not logged")
     import wandb
 
-    objects: dict[str, Any] = {
-        "validation/per_label": _table(evaluation.per_label(logits, labels, names)),
-        "validation/confusions": _table(_confused(logits, labels, texts, names)),
-    }
-    # W&B cuts a table after that many rows, and a chart of part of a matrix would say something else.
-    if len(names) ** 2 <= TABLE_ROWS:
-        objects["validation/confusion_matrix"] = wandb.plot.confusion_matrix(
-            y_true=list(labels), preds=logits.argmax(axis=1).tolist(), class_names=list(names), title="Validation"
+    if begun.get("offline"):
+        mode = "offline"
+    if mode == "offline" and Version(wandb.__version__) < RESUMES_OFFLINE:
+        logger.warning(
+            "W&B %s cannot go on with an offline run, so the test is not logged in it: pip install 'wandb>=%s'.",
+            *(wandb.__version__, RESUMES_OFFLINE),
         )
-    run.log(objects)
+        return
+    tracked = _init(run.experiment, run.path.parent, run.path.name, mode, resumed=begun["id"])
+    tracked.log(
+        {
+            **_numbers("test", result["metrics"]["test"]),
+            "test/per_label": _table(result["per_label"]),
+            **_against(result["metrics"]["baselines"]),
+            **_matrix("test", labels, result["predictions"]["test"], result["labels"]),
+            "train/global_step": run.training["steps"],  # what transformers' callback has for a horizontal axis
+        }
+    )
+    tracked.finish()
+
+
+def _numbers(name: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as W&B takes them: a number each, the ends of an interval too."""
+    numbers = {}
+    for key, metric in metrics.items():
+        if isinstance(metric, Mapping):
+            numbers[f"{name}/{key}"] = metric["value"]
+            numbers |= {f"{name}/{key}_{end}": metric[end] for end in ("low", "high")}
+        else:
+            numbers[f"{name}/{key}"] = metric
+    return numbers
+
+
+def _against(baselines: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table of the baselines' scores on the test rows, and of the run's lead in macro F1 over each."""
+    rows = []
+    for name, row in baselines.items():
+        scores = {key: row[key]["value"] for key in ("accuracy", "f1_macro", "f1_weighted")}
+        ahead = row["ahead"]["f1_macro"]
+        lead = {"ahead": ahead["value"], "ahead_low": ahead["low"], "ahead_high": ahead["high"]}
+        rows.append({"baseline": name, **scores, **lead})
+    return {"test/baselines": _table(rows)} if rows else {}
+
+
+def _matrix(split: str, labels: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """Return W&B's chart of the confusion matrix; nothing where it would show a part."""
+    import wandb
+
+    # W&B cuts a table after that many rows, and a chart of part of a matrix would say something else.
+    if len(names) ** 2 > TABLE_ROWS:
+        return {}
+    chart = wandb.plot.confusion_matrix(
+        y_true=list(labels), preds=list(predicted), class_names=list(names), title=split.capitalize()
+    )
+    return {f"{split}/confusion_matrix": chart}
 
 
 def _confused(

@@ -58,6 +58,82 @@ def test_none_makes_no_run_and_no_folder(tmp_path):
         assert run is None
         tracking.log_validation(run, np.eye(2), [0, 1], ["a", "b"], ["x", "y"])
     assert list(tmp_path.iterdir()) == []
+    # A training whose first part was tracked, and whose second is not: its test is not logged.
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / tracking.FILE).write_text("{}")
+    with tracking.opened(tracked("none"), tmp_path, "mine"):
+        assert list((tmp_path / "mine").iterdir()) == []
+
+
+@pytest.fixture
+def trained(wandb_free, topics, tiny_experiment, tmp_path):
+    """Return a finished run that W&B tracked offline."""
+    experiment = tiny_experiment("bert", tracking__wandb="offline", training__epochs=1)
+    return qk.finetune(experiment, data=topics, out=tmp_path, name="mine", progress=False)
+
+
+def test_the_test_goes_into_the_run_of_the_training(trained, topics, tmp_path):
+    import wandb
+
+    users_own = wandb.init(mode="offline", dir=str(tmp_path / "elsewhere"), settings=wandb.Settings(silent=True))
+    baselines = evaluation.baselines(topics, resamples=50, progress=False)
+    result = qk.evaluate(trained, baselines=baselines, resamples=50, progress=False)
+    assert wandb.run is users_own  # the user's own run goes on
+    users_own.finish()
+    training, testing = all_written(tmp_path)
+    first, second = opened_as(training), opened_as(testing)
+    assert first.run_id == second.run_id and first.display_name == second.display_name == "mine"
+    # By this `wandb sync` adds the second part to the first.
+    assert not first.resume and second.resume
+
+    (logged,) = read(testing)[1]
+    scores = result["metrics"]["test"]
+    for name in ("accuracy", "f1_macro", "f1_weighted", "loss"):
+        assert [logged[f"test/{name}{end}"] for end in ("", "_low", "_high")] == [
+            scores[name][end] for end in ("value", "low", "high")
+        ]
+    assert logged["train/global_step"] == trained.training["steps"]
+    matrix = table(testing, logged["test/confusion_matrix_table"])
+    assert [row[:2] for row in matrix["data"][:2]] == [[topics.label_names[0], name] for name in topics.label_names[:2]]
+    counts = np.array([count for *_, count in matrix["data"]]).reshape(len(topics.label_names), -1)
+    assert counts.tolist() == result["confusion_matrix"]
+    per_label = table(testing, logged["test/per_label"])
+    assert [row[0] for row in per_label["data"]] == list(topics.label_names)
+    against = table(testing, logged["test/baselines"])
+    (svm,) = (dict(zip(against["columns"], row, strict=True)) for row in against["data"])
+    ahead = result["metrics"]["baselines"]["tfidf_svm"]["ahead"]["f1_macro"]
+    assert svm["baseline"] == "tfidf_svm" and svm["f1_macro"] == baselines["tfidf_svm"]["f1_macro"]["value"]
+    assert [svm["ahead"], svm["ahead_low"], svm["ahead_high"]] == [ahead["value"], ahead["low"], ahead["high"]]
+    # The texts of the test stay here.
+    files = [item.read_bytes() for item in testing.parent.rglob("*") if item.is_file()]
+    assert not [text for text in topics.test.texts for file in files if text.encode() in file]
+
+
+def test_a_test_is_not_logged_where_that_is_not_wanted_or_would_do_harm(trained, topics, tmp_path, monkeypatch, caplog):
+    import wandb
+
+    def tested() -> int:
+        """Evaluate; return how many parts there are to the W&B run."""
+        qk.evaluate(trained, baselines=False, data=topics, resamples=10, progress=False)
+        return len(all_written(tmp_path))
+
+    with monkeypatch.context() as context:
+        context.setattr(wandb, "__version__", "0.30.0")
+        assert tested() == 1
+    assert "W&B 0.30.0 cannot go on with an offline run" in caplog.text
+    silent = trained.experiment.override({"tracking.wandb": "none"})
+    with monkeypatch.context() as context:
+        context.setattr(trained, "experiment", silent)
+        assert tested() == 1
+    with monkeypatch.context() as context:
+        context.setattr(trained, "experiment", silent.override({"tracking.wandb": "auto"}))
+        context.setenv("WANDB_MODE", "disabled")
+        assert tested() == 1
+    records.write_json(trained.path / tracking.FILE, {"schema": 1, "id": "../../elsewhere", "offline": True})
+    with pytest.raises(qk.KitError, match="names no W&B run"):
+        tested()
+    (trained.path / tracking.FILE).unlink()
+    assert tested() == 1
 
 
 def test_77_labels_are_logged_as_a_chart_and_two_tables(wandb_free, tmp_path):
@@ -142,19 +218,47 @@ def table(file: Path, reference: dict) -> dict:
 
 def written(out: Path) -> Path:
     """Return the file of the one offline run under a folder, once it is whole."""
-    import wandb
-
-    wandb.teardown()  # its own process may still be writing when a run has ended
-    (file,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    (file,) = all_written(out)
     return file
 
 
+def all_written(out: Path) -> list[Path]:
+    """Return the files of the offline runs under a folder, oldest first, once they are whole."""
+    import wandb
+
+    wandb.teardown()  # its own process may still be writing when a run has ended
+    return sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def opened_as(file: Path):
+    """Return how a run was opened."""
+    return next(record.run for record in records_of(file) if record.HasField("run"))
+
+
 def read(file: Path):
-    """Read config and history from a run's file: a LevelDB log of protocol buffers."""
+    """Read config and history from a run's file."""
+    config, history = {}, []
+    for record in records_of(file):
+        for update in record.run.config.update if record.HasField("run") else record.config.update:
+            config[update.key] = json.loads(update.value_json)
+        if record.HasField("history"):
+            row = {}
+            for item in record.history.item:
+                *outer, last = [item.key] if item.key else item.nested_key
+                node = row
+                for key in outer:
+                    node = node.setdefault(key, {})
+                node[last] = json.loads(item.value_json)
+            history.append(row)
+    return config, history
+
+
+def records_of(file: Path):
+    """Read a run's file: a LevelDB log of protocol buffers."""
     from wandb.proto import wandb_internal_pb2
 
     raw = file.read_bytes()
-    config, history, part, place = {}, [], b"", 7
+    part, place = b"", 7
     while place + 7 <= len(raw):
         room = 32768 - place % 32768
         if room < 7:
@@ -167,15 +271,4 @@ def read(file: Path):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(part)
             part = b""
-            for update in record.run.config.update if record.HasField("run") else record.config.update:
-                config[update.key] = json.loads(update.value_json)
-            if record.HasField("history"):
-                row = {}
-                for item in record.history.item:
-                    *outer, last = [item.key] if item.key else item.nested_key
-                    node = row
-                    for key in outer:
-                        node = node.setdefault(key, {})
-                    node[last] = json.loads(item.value_json)
-                history.append(row)
-    return config, history
+            yield record
