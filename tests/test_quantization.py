@@ -166,6 +166,24 @@ def test_zero_stays_zero_and_the_largest_weight_of_a_block_is_exact():
         torch.testing.assert_close(back.gather(1, largest), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [64 * 3 + 10, 64 * 3 + 11, 7])
+def test_a_last_block_that_is_shorter_has_a_scale_of_its_own(size):
+    tensor = normal(size)
+    tensor[-(size % 64) :] *= 1e-3
+    restored = quantization.roundtrip(tensor, Quantization("nf4", double_quantization=False))
+    measured = quantization.quantization_error(tensor[-(size % 64) :], restored[-(size % 64) :])
+    assert measured["snr_db"] > 15
+    assert restored.shape == (size,)
+
+
+def test_another_codebook_is_the_one_that_is_used():
+    tensor, spec = normal(64 * 4), Quantization("nf4", double_quantization=False)
+    restored = quantization.roundtrip(tensor, spec, levels="e2m1")
+    levels = quantization.codebook("e2m1") * tensor.view(4, 64).abs().amax(dim=1)[:, None]
+    assert (restored.view(4, 64)[..., None] - levels[:, None]).abs().amin(dim=-1).max() < 1e-6
+    assert not torch.equal(restored, quantization.roundtrip(tensor, spec))
+
+
 def test_each_weight_gets_its_nearest_level():
     tensor = normal(64 * 64)
     for name in CODEBOOKS:
@@ -266,6 +284,9 @@ def test_storage_is_measured_on_the_real_tensors(scheme, double):
     assert measured.parameters == measured.linear_parameters + others
     assert measured.bytes == measured.linear_bytes + measured.table_bytes + 4 * others
     assert (measured.table_bytes > 0) == (scheme == "nf4")  # bitsandbytes keeps its codebooks in every layer
+    if scheme == "int4":  # to the byte: whatever a layer holds beside its bias
+        held = [buffer for name in "ab" for buffer in model[name].buffers()]
+        assert measured.linear_bytes == sum(buffer.numel() * buffer.element_size() for buffer in held)
 
 
 def test_storage_of_a_plain_and_of_an_int8_model():
@@ -279,6 +300,8 @@ def test_storage_of_a_plain_and_of_an_int8_model():
     measured = quantization.storage(model, ["head"])
     expected = quantization.bits_per_parameter(Quantization("int8"), in_features=256)
     assert measured.linear_parameters == 256 * 512 and measured.bits_per_parameter == expected
+    model["a"](normal(2, 256))  # bitsandbytes moves the scales out of the weight
+    assert model["a"].weight.SCB is None and quantization.storage(model, ["head"]) == measured
     with pytest.raises(KitError, match="no linear layer"):
         quantization.storage(nn.Embedding(3, 4))
 
