@@ -89,6 +89,40 @@ def test_parts_are_all_of_the_total_and_the_plan_needs_no_weights():
     assert plan.reserved >= plan.total
     assert "fits" in str(plan)
     json.dumps(plan.to_dict())
+    for by_operation in plan.details.values():  # the largest first
+        assert list(by_operation.values()) == sorted(by_operation.values(), reverse=True)
+
+
+def test_padding_costs_a_mask_and_a_step_of_several_batches_keeps_gradients():
+    one = shaped(model__layers=1)
+    plan, unpadded = (memory.plan(one, batch=8, length=128, device="T4", padded=flag) for flag in (True, False))
+    assert unpadded.total < plan.total
+    both = memory.plan(one.override({"training.gradient_accumulation": 2}), batch=8, length=128, device="T4")
+    assert both.parts["gradients"] == pytest.approx(4 * plan.parameters[0], rel=0.01)
+
+
+def test_a_name_alone_is_planned_with_the_kits_own_settings():
+    found = memory.of_model("shape:llama-7b")
+    assert found.model.random_weights and found.model.name == "shape:llama-7b"
+    assert (found.training.batch_size, found.training.optimizer) == (8, "paged_adamw_8bit")
+    assert memory.of_model(found) is found
+    assert memory.of_model(RECIPE) == qk.preset(RECIPE)
+
+
+def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
+    experiment = tiny_experiment("bert")
+    measured = memory.measure(experiment, batch=2, length=8, labels=3, steps=3, parts=False)
+    found = measured.to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert (found["device"], found["precision"], found["fits"], found["batch"], found["length"]) == (
+        "cpu", "fp32", True, 2, 8,
+    )  # fmt: skip
+    assert found["parameters"] == {"trainable": measured.parameters[0], "all": measured.parameters[1]}
+    assert found["step_seconds"] > 0 and len(found["losses"]) == 4
+    plan = memory.plan(experiment, batch=2, length=8, labels=3, device="cpu")
+    (axes,) = plan.draw().axes
+    drawn = sum(bar.get_width() for bar in axes.patches)
+    assert drawn == pytest.approx(plan.total / MIB, rel=0.01)
 
 
 def test_lean_is_the_same_mathematics_with_less_kept(tiny_experiment):
@@ -200,6 +234,16 @@ def test_the_largest_batch_fits_and_the_next_does_not(tiny_experiment):
     assert with_["batch"] > without["batch"] > 0
     none = memory.fits(experiment, device=memory.Device("none", MIB, (7, 5)), length=64, methods=memory.METHODS[3:])
     assert [row["batch"] for row in none] == [0, 0]
+    # Where there is room for all that is asked for, that is the answer, and no more than the model has positions.
+    (most,) = memory.fits(
+        experiment.override({"model.layers": 1}),
+        device="H100",
+        length=64,
+        methods=memory.METHODS[3:],
+        checkpointing=[True],
+        most=3,
+    )
+    assert (most["batch"], most["longest"]) == (3, 2048)
 
 
 def test_estimates_from_few_layers_are_those_of_all_layers():
@@ -220,6 +264,18 @@ def test_the_crossing_lies_between_two_models():
     assert first["fits"] and not second["fits"]
     assert first["parameters"] < limit["parameters"] < second["parameters"]
     assert second["parameters"] == pytest.approx(1.034e9, rel=0.01)  # 1.1 B less the language model's head
+    # On the straight line between the two; and where already the first does not fit, on the one to nothing.
+    sizes, counts = zip(*((row["planned_bytes"], row["parameters"]) for row in found["rows"]), strict=True)
+    share = (small.bytes - sizes[0]) / (sizes[1] - sizes[0])
+    assert limit["parameters"] == pytest.approx(counts[0] + share * (counts[1] - counts[0]))
+    for room, expected in ((100 * MIB, counts[0] * 100 * MIB / sizes[0]), (80 * 1024 * MIB, None)):
+        found = memory.crossing(
+            device=memory.Device("other", room, (7, 5)),
+            length=64,
+            shapes=("smollm2-135m",),
+            methods=(("lora", "none", True),),
+        )
+        assert found["limits"][0]["parameters"] == (expected and pytest.approx(expected))
 
 
 # --- traps ------------------------------------------------------------------------------------------------------
