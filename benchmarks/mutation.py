@@ -30,7 +30,7 @@ from qlora_kit import records  # noqa: E402
 
 TESTS = {
     "data": ("test_data",),
-    "quantization": ("test_quantization",),
+    "quantization": ("test_quantization", "test_quantization_bitsandbytes"),
     "memory": ("test_memory",),
     "records": ("test_records",),
 }
