@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def test_the_best_trial_is_what_finetune_reaches_with_its_settings(start, topics
         epochs = [epoch["validation"]["f1_macro"] for epoch in run.training["epochs"]]
         assert epochs == trial["epochs"]
     assert not (found.path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(("keep_best", "reached"), [(True, 0.8), (False, 0.7)])
+def test_a_trial_counts_with_the_epoch_whose_weights_finetune_keeps(keep_best, reached):
+    history = [{"loss": 1.0}, {"eval_f1_macro": 0.6}, {"eval_f1_macro": 0.8}, {"eval_f1_macro": 0.7}]
+    trainer = SimpleNamespace(state=SimpleNamespace(log_history=history), best_epoch=keep_best)
+    assert searching._Searcher.objective_of(trainer, {"eval_f1_macro": 0.7}) == reached
 
 
 def test_test_rows_are_never_looked_at(start, topics, tmp_path):
