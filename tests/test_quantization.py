@@ -45,6 +45,7 @@ def test_importing_the_spec_does_not_import_torch():
         ({"scheme": "int44"}, "int4"),
         ({"block_size": 48}, "64"),
         ({"block_size": True}, "64"),
+        ({"embeddings": "int8"}, "embeddings.*none, nf4, fp4"),
         ({"double_quantization": "yes"}, "true or false"),
         ({"scheme": "int8", "block_size": 128}, "nf4, fp4, int4"),
     ],
@@ -59,10 +60,12 @@ def test_one_override_changes_the_scheme():
     assert [replace(Quantization(), scheme=scheme).nested for scheme in SCHEMES] == [False, False, True, True, True]
 
 
-def test_bitsandbytes_config_carries_the_spec():
-    spec = Quantization("fp4", double_quantization=False)
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_bitsandbytes_config_carries_the_spec(scheme, double):
+    spec = Quantization(scheme, double_quantization=double)
     config = quantization.bitsandbytes_config(spec, torch.float16, ["score"])
-    assert config.bnb_4bit_quant_type == "fp4" and not config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_quant_type == scheme and config.bnb_4bit_use_double_quant == double
     assert config.bnb_4bit_compute_dtype == torch.float16 and config.llm_int8_skip_modules == ["score"]
     assert quantization.bitsandbytes_config(Quantization("int8"), torch.float16, ["score"]).load_in_8bit
     assert quantization.bitsandbytes_config(Quantization("none"), torch.float16, []) is None
@@ -113,6 +116,17 @@ def test_codebooks_are_bitsandbytes_own():
     for name in ("nf4", "fp4"):
         assert torch.equal(quantization.codebook(name), bnb.functional.get_4bit_type(name, device="cpu"))
     assert torch.equal(quantization.dynamic_codebook(), bnb.functional.create_dynamic_map())
+
+
+def test_codebooks_do_not_depend_on_the_programs_own_dtype():
+    """In float64 NF4's quantiles round differently, and weights stored with bitsandbytes would be read back wrong."""
+    code = (
+        "import torch; torch.set_default_dtype(torch.float64); from qlora_kit import quantization as q; "
+        "print([q.codebook(name).tolist() for name in q.CODEBOOKS], q.dynamic_codebook().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    own = [quantization.codebook(name).tolist() for name in CODEBOOKS]
+    assert done.stdout.strip() == f"{own} {quantization.dynamic_codebook().tolist()}"
 
 
 def test_codebooks_span_minus_one_to_one_with_zero_among_them():
@@ -284,9 +298,15 @@ def test_storage_is_measured_on_the_real_tensors(scheme, double):
     assert measured.parameters == measured.linear_parameters + others
     assert measured.bytes == measured.linear_bytes + measured.table_bytes + 4 * others
     assert (measured.table_bytes > 0) == (scheme == "nf4")  # bitsandbytes keeps its codebooks in every layer
-    if scheme == "int4":  # to the byte: whatever a layer holds beside its bias
-        held = [buffer for name in "ab" for buffer in model[name].buffers()]
-        assert measured.linear_bytes == sum(buffer.numel() * buffer.element_size() for buffer in held)
+    # To the byte: whatever a layer holds beside its bias and the codebooks.
+    if scheme == "int4":
+        held = [tensor for name in "ab" for tensor in model[name].buffers()]
+    else:
+        packed = [model[name].weight for name in "ab"]
+        held = [*packed, *(weight.quant_state.absmax for weight in packed)]
+        if double:
+            held += [x for weight in packed for x in (weight.quant_state.state2.absmax, weight.quant_state.offset)]
+    assert measured.linear_bytes == sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def test_storage_of_a_plain_and_of_an_int8_model():
@@ -408,6 +428,9 @@ def test_quantize_weights_takes_conv1d_along_the_rows_that_training_takes():
     expected = quantization.roundtrip(layer.weight.data.T, spec).T
     model = quantization.quantize_weights_(nn.ModuleDict({"c": layer, "head": nn.Linear(64, 3)}), spec, ["head"])
     assert torch.equal(model["c"].weight, expected)
+    layer.weight.data = normal(64, 48)
+    quantization.quantize_weights_(model, spec, ["head"], levels="e2m1")
+    assert torch.equal(layer.weight, quantization.roundtrip(normal(64, 48).T, spec, levels="e2m1").T)
 
 
 def tiny_language_model() -> transformers.PreTrainedModel:
