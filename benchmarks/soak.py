@@ -44,7 +44,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 PRESET = "minilm_banking77_qlora"
 COMMAND = "; ".join(f"python benchmarks/soak.py{words}" for words in ("", " --padding max_length", " --caches off"))
-# How many compiled products oneDNN keeps, and how many ideep, the layer between it and torch (which knows no 0).
+# How many compiled products oneDNN keeps, and how many ideep, the layer between it and torch (which crashes at 0).
 CACHES_OFF = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
 WARM = 200  # steps after which nothing may grow: everything has been allocated once
 ROWS_A_STEP = 8
