@@ -181,6 +181,27 @@ def test_links_are_refused_wherever_they_are(tmp_path):
         records.refuse_links(tmp_path / "alias")
 
 
+def test_links_that_lead_out_of_a_folder_are_refused_and_others_are_not(tmp_path):
+    out, run = tmp_path / "out", "offline-run-20260102_030405-abcdefgh"
+    for folder in (out / "deep" / "wandb" / run, tmp_path / "out-side"):
+        folder.mkdir(parents=True)
+    (out / "file").touch()
+    for place in (out / "link", out / "deep" / "link", out / "deep" / "wandb" / "link", out / run):
+        for inside in (out / "file", Path("deep"), out, Path("nowhere"), place):
+            place.symlink_to(inside)
+            records.refuse_ways_out(out)
+            place.unlink()
+        for outside in (tmp_path, tmp_path / "out-side", tmp_path / "nowhere", Path("..", "..", "..", "nowhere")):
+            place.symlink_to(outside)
+            with pytest.raises(KitError, match=re.escape(f"{place} is a symbolic link that leads out of {out}")):
+                records.refuse_ways_out(out)
+            place.unlink()
+    (out / "deep" / "wandb" / run / "debug-core.log").symlink_to(tmp_path)  # W&B's own
+    (tmp_path / "alias").symlink_to(out)
+    records.refuse_ways_out(tmp_path / "alias")
+    records.refuse_ways_out(tmp_path / "not there yet")
+
+
 def test_an_environment_says_what_it_was_made_with():
     found = records.environment(data_checksum="d", base_checksum="b")
     assert found["checksums"] == {"data": "d", "base": "b"}
