@@ -11,7 +11,9 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -160,6 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if not sys.warnoptions:
+        # Libraries' notes to programmers; a terminal shows a table here.
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         parser = make_parser()
         options = parser.parse_args(arguments)
@@ -317,12 +322,11 @@ def _presets(options: argparse.Namespace) -> int:
         return 0
     names = experiment.presets()
     width = max(map(len, names))
+    folder = resources.files("qlora_kit") / "presets"
     for name in names:
-        spec = experiment.preset(name)
-        scheme = spec.quantization.scheme
-        stored = {"none": "base in full precision"}.get(scheme, f"base in {scheme}")
-        adapters = f"LoRA r={spec.lora.r}" if spec.lora else "every weight trained"
-        print(f"{name:{width}}  {spec.model.name}, {stored}, {adapters}, {spec.training.epochs:g} epochs")
+        # Each file's first line is a comment that says what the preset is.
+        title = (folder / f"{name}.yaml").read_text("utf-8").partition("\n")[0]
+        print(f"{name:{width}}  {title.removeprefix('# ')}")
     return 0
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import html
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ from .records import read_json, write_text
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _MOST_ROWS = 100
+# A longer table is folded away: what comes after it would be far below.
+_OPEN_ROWS = 30
+# Pictures of the notebooks' Mermaid diagrams, for pages that run no script, named by `diagram_file`. One is made by
+# npx -p @mermaid-js/mermaid-cli mmdc --theme neutral --scale 2 --input DIAGRAM.mmd --output FILE
+_DIAGRAMS = resources.files("qlora_kit") / "diagrams"
 _LONG = ' class="long"'
 _NAMES = {
     "accuracy": "accuracy",
@@ -95,7 +102,7 @@ _NOTEBOOK_STYLE = """
 .cell { margin: 14px 0; min-width: 0; } .prompt { display: none; } .rendered_html table { width: auto; }
 .rendered_html h1 { font-size: 1.7rem; } .rendered_html h2 { font-size: 1.3rem; margin-top: 2rem; }
 .rendered_html h1, .rendered_html h2, .rendered_html h3 { line-height: 1.25; margin-bottom: .4rem; }
-.anchor-link { display: none; } .output_area { overflow-x: auto; } .output_area img { height: auto;
+.anchor-link { display: none; } .output_area { overflow-x: auto; } .output_area img, .rendered_html img { height: auto;
   max-width: min(100%, 720px); background: #fff; border-radius: 8px; }
 .output_text pre { background: none; padding: 0 0 0 12px;
   border-left: 3px solid var(--rule); border-radius: 0; } .output_error pre { border-left-color: var(--bad); }
@@ -154,7 +161,7 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
         book.cells = [cell for cell in book.cells if not _is_set_up(cell)]
         for cell in book.cells:
             if cell.cell_type == "markdown":
-                cell.source = with_formulas(cell.source)
+                cell.source = with_diagrams(with_formulas(cell.source))
             cell.outputs = [output for output in map(without_bars, cell.get("outputs", ())) if output is not None]
         body = _clean(HTMLExporter(template_name="basic").from_notebook_node(book)[0])
     except Exception as error:  # A notebook cut off while it was being written must not hide what came before.
@@ -184,6 +191,23 @@ def with_formulas(markdown: str) -> str:
 
     markdown = re.sub(r"\$\$(.+?)\$\$", picture, markdown, flags=re.DOTALL)
     return re.sub(r"(?<![\w$\\`])\$([A-Za-z\\][^$\n`]*?)\$(?!\w)", r"*\1*", markdown)
+
+
+def with_diagrams(markdown: str) -> str:
+    """Return Markdown whose Mermaid diagrams need no script to be seen: pictures, where the package has them."""
+
+    def picture(found: re.Match[str]) -> str:
+        file = _DIAGRAMS / diagram_file(found[1])
+        if not file.is_file():
+            return found[0]
+        return f"![diagram](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+
+    return re.sub(r"```mermaid\n(.*?)```", picture, markdown, flags=re.DOTALL)
+
+
+def diagram_file(diagram: str) -> str:
+    """Return the name of the file with a Mermaid diagram's picture: a changed diagram has another."""
+    return f"{hashlib.sha256(diagram.encode()).hexdigest()[:12]}.png"
 
 
 def without_bars(output: Any) -> Any:
@@ -245,14 +269,18 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _head(state: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> str:
+def _head(state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     environment: Mapping[str, Any] = {}
     for record in records:
         if isinstance(record.get("environment"), dict) and record["environment"]:
             environment = record["environment"]
     seconds = sum(_number(entry.get("seconds")) for entry in state["notebooks"].values())
     started = str(state.get("started")).replace("T", " ").replace("+00:00", " UTC")
-    facts: dict[str, Any] = {"started": started, "in_all_seconds": seconds}
+    facts: dict[str, Any] = {}
+    for record in records:
+        with contextlib.suppress(KeyError, TypeError):
+            facts["macro F1 on the test rows"] = float(record["metrics"]["test"]["f1_macro"]["value"])
+    facts |= {"started": started, "in_all_seconds": seconds}
     for key in ("device", "threads", "commit"):
         if environment.get(key) is not None:
             facts[key] = environment[key]
@@ -404,6 +432,8 @@ def _value(key: str, value: Any) -> str:
         inner = _facts(flat) + _columns(numbers) + "".join(_value(name, item) for name, item in deep.items())
         return f"<h3>{_text(_words(key))}</h3>{inner}" if flat or numbers else inner
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        if len(value) > _OPEN_ROWS:
+            return f"<details><summary>{_text(_words(key))}: {len(value)} rows</summary>{_table(value)}</details>"
         return f"<h3>{_text(_words(key))}</h3>{_table(value)}"
     if value in (None, {}, [], ""):
         return ""

@@ -233,6 +233,10 @@ def test_a_few_steps_timed_once_have_to_differ_by_more():
     assert number(4).rule(Records(results=results("speed", *repeated))).verdict == HOLDS
     both = Records(results=results("speed", *repeated), notebooks=timed(1.3), device=CPU)
     assert (number(4).rule(both).verdict, number(4).rule(both).figures[0].device) == (FAILS, CPU)
+    # Repeated, interleaved steps of the same device go before a few that were timed once.
+    same = [row | {"device": CPU} for row in repeated]
+    disturbed = Records(results=results("speed", *same), notebooks=timed(1.9), device=CPU)
+    assert number(4).rule(disturbed).verdict == HOLDS and len(number(4).rule(disturbed).figures) == 2
 
 
 # --- devices ----------------------------------------------------------------------------------------------------

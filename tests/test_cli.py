@@ -16,6 +16,7 @@ import pytest
 
 from qlora_kit import __main__ as cli
 from qlora_kit import __version__
+from qlora_kit.experiment import presets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,7 +81,8 @@ def test_every_option_says_what_it_is_for():
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["presets"]) == 0
     listed = capsys.readouterr().out
-    assert "minilm_banking77_qlora " in listed and "base in nf4" in listed
+    assert [line.split()[0] for line in listed.splitlines()] == presets()
+    assert all(re.fullmatch(r"[\w.-]+ +[A-Z][^#]{20,}\.", line) for line in listed.splitlines()), listed
     assert cli.main(["presets", "minilm_banking77_smoke"]) == 0
     assert "limit: 600" in capsys.readouterr().out
 

@@ -70,6 +70,35 @@ def test_formulas_are_read_without_a_script():
     assert page.with_formulas("$$\\begin{cases}1\\end{cases}$$") == "`\\begin{cases}1\\end{cases}`"
 
 
+def test_every_diagram_of_the_notebooks_has_its_picture():
+    found = []
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "markdown"]
+        diagrams = [source for source in cells if "```mermaid" in source]
+        found += diagrams
+        for source in diagrams:
+            shown = page.with_diagrams(source)
+            pictures = shown.count("](data:image/png;base64,")
+            changed = f"a diagram of {notebook.name} was changed: make its picture anew, see page.py"
+            assert "```mermaid" not in shown and pictures == source.count("```mermaid"), changed
+    pictures = {file.name for file in (ROOT / "qlora_kit" / "diagrams").iterdir()}
+    assert len(pictures) == len(found) > 0
+    unknown = "```mermaid\nflowchart TB\n```"
+    assert page.with_diagrams(unknown) == unknown
+
+
+def test_a_long_table_is_folded_and_the_score_stands_on_top(tmp_path: Path):
+    score = {"value": 0.12345, "low": 0.1, "high": 0.2}
+    rows = [{"trial": place} for place in range(31)]
+    record = {"metrics": {"test": {"f1_macro": score}}, "few": rows[:30], "many": rows}
+    (tmp_path / "03_evaluate.json").write_text(json.dumps(record))
+    state = {"preset": "p", "asked": "p", "why": "w", "notebooks": {"03_evaluate": {"state": "finished"}}}
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    shown = page.write_index(tmp_path).read_text()
+    assert "<dt>macro F1 on the test rows</dt><dd>0.1235</dd>" in shown.partition("<section>")[0]
+    assert "<h3>few</h3>" in shown and "<summary>many: 31 rows</summary>" in shown
+
+
 def test_a_badge_is_its_words_and_a_set_up_cell_is_left_out_unless_it_failed(tmp_path: Path):
     book = nbformat.v4.new_notebook()
     setup = nbformat.v4.new_code_cell("installing = 1", metadata={"tags": ["set-up"]})
