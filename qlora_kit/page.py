@@ -399,7 +399,10 @@ def _metric(value: Any) -> str:
 
 
 def _words(name: str) -> str:
-    return re.sub(r"_(bytes|seconds)$", "", str(name)).replace("_", " ")
+    words = re.sub(r"_(bytes|seconds)$", "", str(name)).replace("_", " ")
+    for plain, written in (("snr db", "SNR, dB"), ("mse", "MSE"), ("lloyd max", "Lloyd-Max")):
+        words = re.sub(rf"\b{plain}\b", written, words)
+    return words
 
 
 def _scalar(key: str, value: Any) -> str:
