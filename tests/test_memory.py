@@ -89,8 +89,10 @@ def test_parts_are_all_of_the_total_and_the_plan_needs_no_weights():
     assert plan.reserved >= plan.total
     assert "fits" in str(plan)
     json.dumps(plan.to_dict())
-    for by_operation in plan.details.values():  # the largest first
+    assert set(plan.details) == {"activations", "workspace"}
+    for part, by_operation in plan.details.items():  # the largest first
         assert list(by_operation.values()) == sorted(by_operation.values(), reverse=True)
+        assert sum(by_operation.values()) == plan.parts[part]
 
 
 def test_padding_costs_a_mask_and_a_step_of_several_batches_keeps_gradients():
@@ -101,12 +103,26 @@ def test_padding_costs_a_mask_and_a_step_of_several_batches_keeps_gradients():
     assert both.parts["gradients"] == pytest.approx(4 * plan.parameters[0], rel=0.01)
 
 
-def test_a_name_alone_is_planned_with_the_kits_own_settings():
+def test_a_name_alone_is_planned_with_the_kits_own_settings(tmp_path):
     found = memory.of_model("shape:llama-7b")
     assert found.model.random_weights and found.model.name == "shape:llama-7b"
     assert (found.training.batch_size, found.training.optimizer) == (8, "paged_adamw_8bit")
     assert memory.of_model(found) is found
     assert memory.of_model(RECIPE) == qk.preset(RECIPE)
+    (tmp_path / "mine.yaml").write_text(shaped().to_yaml())
+    assert memory.of_model(str(tmp_path / "mine.yaml")) == shaped()
+
+
+def test_a_plan_says_what_is_trained_how():
+    one = shaped(model__layers=1)
+    for changes, words in (
+        ({}, "nf4"),
+        ({"quantization.scheme": "none"}, "LoRA on a base in 16 bits"),
+        ({"quantization.scheme": "none", "training.precision": "fp32"}, "LoRA on a base in 32 bits"),
+        ({"quantization.scheme": "none", "lora": None}, "every weight trained"),
+    ):
+        first = str(memory.plan(one.override(changes), batch=1, length=8, device="T4")).splitlines()[0]
+        assert words in first and "batch 1, length 8" in first and "with checkpointing, T4" in first
 
 
 def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
@@ -119,6 +135,8 @@ def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
     )  # fmt: skip
     assert found["parameters"] == {"trainable": measured.parameters[0], "all": measured.parameters[1]}
     assert found["step_seconds"] > 0 and len(found["losses"]) == 4
+    assert found["peak_bytes"] is None and found["reserved_bytes"] is None and found["parts"] == {}  # nobody watched
+    assert memory.measure(experiment, batch=2, length=8, labels=3, steps=3, parts=False).losses == measured.losses
     plan = memory.plan(experiment, batch=2, length=8, labels=3, device="cpu")
     (axes,) = plan.draw().axes
     drawn = sum(bar.get_width() for bar in axes.patches)
