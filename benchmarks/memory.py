@@ -74,7 +74,7 @@ def cells() -> list[Cell]:
         {"training.warmup_steps": 0, "tracking.wandb": "none"}
     )
     sixteen = recipe.override({"training.prepare_for_kbit_training": False})
-    lean = sixteen.override({"model.lean": True})
+    lean = sixteen.override({"model.lean": True, "model.fused": True})
     small = (("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"),)
     for name, experiment, environment, note in (
         ("recipe", recipe, (), "the explained recipe"),
@@ -140,6 +140,7 @@ def base(model: str, method: str, scheme: str, nested: bool, checkpointing: bool
         {
             "quantization.scheme": scheme,
             "quantization.double_quantization": nested,
+            "model.fused": True,
             "training.gradient_checkpointing": checkpointing,
             "training.prepare_for_kbit_training": False,
             "training.precision": "bf16",

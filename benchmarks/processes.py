@@ -67,10 +67,19 @@ class Worker:
 
     def ask(self, word: str) -> dict[str, Any]:
         """Say a word, and return the next report; of a process that ended instead, nothing."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.tell(word)
+        return self.hear()
+
+    def tell(self, word: str) -> None:
+        """Say a word."""
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
+
+    def hear(self) -> dict[str, Any]:
+        """Return the next report; of a process that ended instead, nothing."""
+        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 report: dict[str, Any] = json.loads(line)

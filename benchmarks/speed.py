@@ -9,16 +9,19 @@ Contenders, each a real `Trainer.train()` on Banking77's questions in a process 
     padded_longest  transformers' Trainer, each batch padded to its longest row
     grouped         transformers' Trainer with train_sampling_strategy="group_by_length"
     compiled        grouped, with torch_compile=True
+    compiled_graphs the same with mode="reduce-overhead" (its own CUDA graphs) and few widths of batches
     unsloth         unsloth's model and Trainer, where it is installed and knows the shape
+    ours_eager      KitTrainer with training.graphs none
     ours            KitTrainer as a run has it
 
-All but `ours` have PEFT's own layers and transformers' own attention. The processes are built one after the other,
-then take turns: each trains `--steps` steps while the others wait, `--repeats` times over, so that what the machine
-does besides falls on all alike (a GPU's host varies by two). `step_seconds` and `samples_per_second` are medians over
-the repeats, data loading, clipping and optimizer included; `start_seconds` is from the process's start to its first
-finished step. On CUDA `device_seconds` is what a step's kernels take (from the profiler, in a repeat of its own) and
-`peak_bytes` the most bytes allocated; on a CPU the former does not exist and the latter is the resident set. Weights
-are random where the model's own are not on this machine: speed and memory do not depend on them.
+All but `ours` have PEFT's own layers and transformers' own attention. The processes are built (side by side on CUDA,
+where compiling takes minutes), then take turns: each trains `--steps` steps while the others wait, `--repeats` times
+over, so that what the machine does besides falls on all alike (a GPU's host varies by two). `step_seconds` and
+`samples_per_second` are medians over the repeats, data loading, clipping and optimizer included; `start_seconds` is
+from the process's start to its first finished step. On CUDA `device_seconds` is what a step's kernels take (from the
+profiler, in a repeat of its own) and `peak_bytes` the most bytes allocated; on a CPU the former does not exist and the
+latter is the resident set. Weights are random where the model's own are not on this machine: speed and memory do not
+depend on them.
 
 `limit` counts what a step cannot do without (operations of its matrix products; bytes of frozen weights read twice and
 of trained weights, gradients and AdamW's state) for real tokens alone, over the ceilings that this device reaches in a
@@ -46,8 +49,14 @@ MODELS = {
     "dialogpt-medium": "dialogpt-medium_banking77",
     "smollm2-135m": "smollm2-135m_banking77",
 }
-CONTENDERS = ("recipe", "padded_longest", "grouped", "compiled", "unsloth", "ours_eager", "ours")
-PADDING = {"recipe": "max_length", "padded_longest": "longest", "grouped": "grouped", "compiled": "grouped"}
+CONTENDERS = ("recipe", "padded_longest", "grouped", "compiled", "compiled_graphs", "unsloth", "ours_eager", "ours")
+PADDING = {
+    "recipe": "max_length",
+    "padded_longest": "longest",
+    "grouped": "grouped",
+    "compiled": "grouped",
+    "compiled_graphs": "grouped",
+}
 
 
 def main() -> int:
@@ -84,27 +93,27 @@ def race_all(options: argparse.Namespace) -> int:
     options.contenders = options.contenders or (
         list(CONTENDERS) if cuda else ["recipe", "padded_longest", "grouped", "ours"]
     )
-    rows: list[dict[str, Any]] = []
-    limits: list[dict[str, Any]] = []
+    out = Path(options.out)
+    before = records.read_json(out) if options.append and out.is_file() else {"rows": [], "limit": []}
+    environment = records.environment(models.default_device())
+    command = "; ".join(
+        [*filter(None, [before.get("command")]), " ".join(["python benchmarks/speed.py", *sys.argv[1:]])]
+    )
+    result = {
+        "schema": records.SCHEMA,
+        "environment": environment,
+        "command": command,
+        **{k: before[k] for k in ("rows", "limit")},
+    }
     for model in options.models:
         for batch in options.batches:
             for precision in options.precisions:
                 # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
-                rows += race(options, model, precision, batch)
-                limits += [limit(model, method, precision, batch) for method in options.methods]
-    environment = records.environment(models.default_device())
-    for row in rows:
-        row["environment"] = environment
-    command = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
-    if options.append and Path(options.out).is_file():
-        before = records.read_json(options.out)
-        rows = merged(before["rows"], rows)
-        limits = merged(before["limit"], limits)
-        command = f"{before['command']}; {command}"
-    result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows, "limit": limits}
-    records.write_json(options.out, result)
-    out = Path(options.out)
-    plots.save(plots.speed(rows, limits), out.parent, out.stem)
+                rows = [{**row, "environment": environment} for row in race(options, model, precision, batch)]
+                limits = [limit(model, method, precision, batch) for method in options.methods]
+                result["rows"], result["limit"] = merged(result["rows"], rows), merged(result["limit"], limits)
+                records.write_json(out, result)  # what is measured is kept, whatever happens to the next field
+    plots.save(plots.speed(result["rows"], result["limit"]), out.parent, out.stem)
     print(f"written: {options.out}")
     return 0
 
@@ -133,18 +142,34 @@ class Racer(Worker):
         self.times: list[dict[str, float]] = []
         own = ["--steps", str(options.steps), "--one", model, method, contender, precision, str(batch)]
         super().__init__([sys.executable, __file__, *own])
+        self.start: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Wait for its first step."""
         self.start = self.ask("start")
+        ready = f"ready after {self.start['start_seconds']:.1f} s" if self.problem is None else self.problem
+        print("{model} {method} {contender} {precision} batch {batch}: ".format(**self.key) + str(ready), flush=True)
 
 
 def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> list[dict[str, Any]]:
     """Let all contenders of one model, precision and batch take turns."""
+    import torch
+
     racers = []
     for method in options.methods:
         for contender in options.contenders:
-            racer = Racer(options, model, method, contender, precision, batch)
-            ready = f"ready after {racer.start['start_seconds']:.1f} s" if racer.problem is None else racer.problem
-            print(f"{model} {method} {contender} {precision} batch {batch}: {ready}", flush=True)
-            racers.append(racer)
+            racers.append(Racer(options, model, method, contender, precision, batch))
+            if not torch.cuda.is_available():
+                racers[-1].begin()
+    if torch.cuda.is_available():
+        for racer in racers:
+            racer.begin()
+        # A repeat that does not count: what compiles anew for another width does so now, all at once.
+        racing = [racer for racer in racers if racer.problem is None]
+        for racer in racing:
+            racer.tell("go")
+        for racer in racing:
+            racer.hear()
     able = [racer for racer in racers if racer.problem is None]
     for repeat in range(options.repeats):
         for racer in able if repeat % 2 else reversed(able):
@@ -152,6 +177,9 @@ def race(options: argparse.Namespace, model: str, precision: str, batch: int) ->
             if racer.problem is None:
                 racer.times.append(report)
         print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
+        for racer in able:
+            if racer.problem is not None:
+                print("{method} {contender} stopped: ".format(**racer.key) + racer.problem, flush=True)
         able = [racer for racer in able if racer.problem is None]
     rows = [row_of(racer, options.repeats) for racer in racers]
     for row in rows:
@@ -240,6 +268,7 @@ def turns(steps: int) -> Any:
                 self.tokens += int(made["attention_mask"].sum())
                 return made
 
+            counted.width = getattr(collate, "width", None)
             trainer.data_collator = counted
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -288,10 +317,13 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     import tempfile
 
     from qlora_kit import data, models, training  # isort: skip  # first: it imports bitsandbytes with care
+    import torch
     from transformers import Trainer, TrainingArguments
 
     ours = contender.startswith("ours")
     experiment = experiment_of(model, method, precision, batch, ours)
+    if contender == "ours_eager":
+        experiment = experiment.override({"training.graphs": "none"})
     text = data.banking77()
     tokenizer = models.load_tokenizer(experiment.model)
     tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
@@ -300,7 +332,9 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     built = models.build(experiment, text.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     kind = "max_length" if contender == "recipe" else "longest"
-    collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length)
+    few = ours or contender == "compiled_graphs"
+    edges = training.edges_of(device) if few else None
+    collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length, edges=edges)
     if ours:
         spec = experiment.training
         arguments = training.training_arguments(
@@ -310,6 +344,10 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         return training.KitTrainer(
             spec=spec, lengths=rows.lengths, model=built, args=arguments, train_dataset=rows, data_collator=collate
         )
+    if contender == "compiled_graphs":
+        # A shape of its own for each width, as CUDA graphs want it, and none given up as one too many.
+        torch._dynamo.config.automatic_dynamic_shapes = False
+        torch._dynamo.config.recompile_limit = 64
     if contender == "recipe":
         training.enable_checkpointing(built, use_reentrant=False)
     wanted = "paged_adamw_8bit" if contender == "recipe" else "adamw_torch_fused"
@@ -318,8 +356,9 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         output_dir=str(folder),
         learning_rate=experiment.training.learning_rate,
         optim=training.resolve_optimizer(wanted, device),
-        train_sampling_strategy="group_by_length" if contender in ("grouped", "compiled") else "random",
-        torch_compile=contender == "compiled",
+        train_sampling_strategy="group_by_length" if PADDING[contender] == "grouped" else "random",
+        torch_compile=contender.startswith("compiled"),
+        torch_compile_mode="reduce-overhead" if contender == "compiled_graphs" else None,
         use_cpu=device.type == "cpu",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)

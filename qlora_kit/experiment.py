@@ -189,6 +189,8 @@ class TrainingSpec:
         logging_steps: Steps between two logged losses.
         threads: CPU threads for the mathematics; None takes every core. Sums depend on it, so it is recorded.
         workers: Data loader processes.
+        graphs: `auto` captures a step of each width as a CUDA graph and replays it, where there is a GPU and the
+            model allows it; `none` launches every kernel of every step from Python.
     """
 
     epochs: float = 4
@@ -218,6 +220,7 @@ class TrainingSpec:
     logging_steps: int = 10
     threads: int | None = None
     workers: int = 0
+    graphs: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "logging_steps"):

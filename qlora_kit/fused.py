@@ -13,6 +13,7 @@ With W stored in 4 bits it is dequantized for each product and never kept.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from typing import Any
 
@@ -27,15 +28,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from .int4 import Int4Linear
+from .int4 import Int4Linear, Stored, triton_kernel
+from .quantization import NESTED_BLOCK_SIZE
 
 # --- the adapted layer ------------------------------------------------------------------------------------------
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """`x W^T + bias + scaling dropped A^T B^T`, with gradients to `x`, `dropped`, `A` and `B`.
+    """`x W^T + bias + scaling dropped(x) A^T B^T`, with gradients to `x`, `A` and `B`.
 
-    `rows` is `x` as a matrix in the dtype of the products; `dropped` is None where nothing is dropped.
+    `rows` is `x` as a matrix in the dtype of the products, and `low_a` and `low_b` are `A` and `B` in that dtype.
     """
 
     @staticmethod
@@ -43,39 +45,71 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         rows: torch.Tensor,
-        dropped: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
+        low_a: torch.Tensor,
+        low_b: torch.Tensor,
         scaling: float,
+        dropout: float,
         base: nn.Module,
     ) -> torch.Tensor:
         dtype = rows.dtype
-        adapted = rows if dropped is None else dropped.reshape(-1, x.shape[-1]).to(dtype)
+        adapted, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
         bias: Any = base.bias
         out = nn.functional.linear(rows, dense_weight(base, dtype), None if bias is None else bias.to(dtype))
-        low = adapted @ a.to(dtype).T
-        out.addmm_(low, (b * scaling).to(dtype).T)
-        ctx.save_for_backward(adapted, low, a, b)
-        ctx.scaling, ctx.base, ctx.shape, ctx.given = scaling, base, x.shape, x.dtype
+        low = _scaled_product(adapted, low_a.T, scaling)
+        out.addmm_(low, low_b.T)
+        ctx.save_for_backward(adapted, kept, low, low_a, low_b)
+        ctx.scaling, ctx.dropout, ctx.base = scaling, dropout, base
+        ctx.shape, ctx.given, ctx.trained = x.shape, x.dtype, (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        adapted, low, a, b = ctx.saved_tensors
+        adapted, kept, low, low_a, low_b = ctx.saved_tensors
         dtype = adapted.dtype
-        gradient = gradients[0].reshape(-1, b.shape[0]).to(dtype)
-        grad_low = gradient @ (b * ctx.scaling).to(dtype)
-        grad_a = (grad_low.T @ adapted).to(a.dtype)
-        grad_b = (gradient.T @ low).to(b.dtype).mul_(ctx.scaling)
-        grad_x = grad_dropped = None
+        gradient = gradients[0].reshape(-1, low_b.shape[0]).to(dtype)
+        grad_low = _scaled_product(gradient, low_b, ctx.scaling)
+        grad_a = _product_in(ctx.trained[0], grad_low.T, adapted)
+        grad_b = _product_in(ctx.trained[1], gradient.T, low)
+        grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ dense_weight(ctx.base, dtype)
-            if not ctx.needs_input_grad[2]:
-                grad_x.addmm_(grad_low, a.to(dtype))
+            if kept is None:
+                grad_x.addmm_(grad_low, low_a)
+            else:
+                grad_x.add_(torch.ops.aten.native_dropout_backward(grad_low @ low_a, kept, 1 / (1 - ctx.dropout)))
             grad_x = grad_x.view(ctx.shape).to(ctx.given)
-        if ctx.needs_input_grad[2]:
-            grad_dropped = (grad_low @ a.to(dtype)).view(ctx.shape).to(ctx.given)
-        return grad_x, None, grad_dropped, grad_a, grad_b, None, None
+        return grad_x, None, grad_a, grad_b, None, None, None, None, None
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`x W^T + bias` of a frozen layer in 4 bits without an adapter, with a gradient to `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
+        ctx.base, ctx.dtype, ctx.shape, ctx.given = base, rows.dtype, x.shape, x.dtype
+        bias: Any = base.bias
+        out = nn.functional.linear(rows, dense_weight(base, rows.dtype), None if bias is None else bias.to(rows.dtype))
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
+        grad_x = gradient @ dense_weight(ctx.base, ctx.dtype)
+        return grad_x.view(ctx.shape).to(ctx.given), None, None
+
+
+def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
+    # The scale goes into the product's own: no pass over the result, nor over the weights.
+    return torch.addmm(one.new_empty(()), one, other, beta=0, alpha=scaling)
+
+
+def _product_in(dtype: torch.dtype, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return a product in a wider dtype than its factors': on CUDA its sums are, and need not be rounded first."""
+    if one.is_cuda and one.dtype != dtype:
+        return torch.mm(one, other, out_dtype=dtype)
+    return (one @ other).to(dtype)
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
@@ -95,6 +129,14 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 def _dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     # bitsandbytes' own function has no choice of dtype; a cast after it would be another pass over the weight.
+    kernel = triton_kernel() if packed.is_cuda else None
+    if kernel is not None and (not state.nested or state.state2.blocksize == NESTED_BLOCK_SIZE):
+        nested, offset, scale_levels = (
+            (state.state2.absmax, state.offset, state.state2.code) if state.nested else (None, None, None)
+        )
+        stored = Stored(packed, state.absmax, nested, offset, state.blocksize, math.prod(state.shape))
+        values: torch.Tensor = kernel(stored, state.code, scale_levels, dtype)
+        return values.view(state.shape)
     absmax = state.absmax
     if state.nested:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -104,12 +146,51 @@ def _dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.
     return weight
 
 
-def fuse_(model: nn.Module) -> nn.Module:
-    """Let a PEFT model's adapted linear layers compute as one operation, in place.
+class _Casts:
+    """The adapters' weights in the dtype of the products, made all at once in each forward pass of the model."""
 
-    The layers stay PEFT's: their weights, names, saving, loading and merging do not change. PEFT's own forward pass
-    is taken wherever a layer does something else than plain LoRA with one active adapter (disabled or merged
-    adapters, DoRA, mixed batches, 8-bit bases).
+    def __init__(self, weights: list[torch.Tensor]) -> None:
+        self.weights = weights
+        self.inside = False
+        self.made: dict[int, torch.Tensor] = {}
+        self.dtype: torch.dtype | None = None
+
+    def begin(self, *_: Any) -> None:
+        self.inside, self.made = True, {}
+
+    def end(self, *_: Any) -> None:
+        self.inside, self.made = False, {}
+
+    def of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return a weight in `dtype`, without gradient."""
+        own = weight.detach()
+        if weight.dtype == dtype or not self.inside:
+            # Outside of the model's forward pass (a layer that is recomputed for its backward pass, or called by
+            # itself) nobody says when weights have changed.
+            return own.to(dtype)
+        if not self.made or self.dtype != dtype:
+            self.dtype, self.made = dtype, self._make(dtype)
+        return self.made[id(weight)] if id(weight) in self.made else own.to(dtype)
+
+    def _make(self, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+        alike = [weight for weight in self.weights if weight.device == self.weights[0].device and weight.dtype != dtype]
+        sizes = [-(-weight.numel() // 64) * 64 for weight in alike]  # aligned, for the kernels that read them
+        flat = torch.empty(sum(sizes), dtype=dtype, device=alike[0].device)
+        places = [sum(sizes[:i]) for i in range(len(sizes))]
+        made = [
+            flat.as_strided(weight.shape, weight.stride(), place) for weight, place in zip(alike, places, strict=True)
+        ]
+        with torch.no_grad():
+            torch._foreach_copy_(made, alike)
+        return {id(weight): cast for weight, cast in zip(alike, made, strict=True)}
+
+
+def fuse_(model: nn.Module) -> nn.Module:
+    """Let a PEFT model's adapted linear layers compute as one operation, and its other 4-bit ones too, in place.
+
+    The layers stay PEFT's and bitsandbytes': their weights, names, saving, loading and merging do not change. PEFT's
+    own forward pass is taken wherever a layer does something else than plain LoRA with one active adapter (disabled or
+    merged adapters, DoRA, mixed batches, 8-bit bases).
 
     Args:
         model: Adapted by PEFT.
@@ -117,10 +198,25 @@ def fuse_(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and isinstance(module, nn.Module) and _plain(module):
-            module.forward = functools.partial(_forward, module, module.forward)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and _plain(m)]
+    casts = _Casts([part.weight for m in layers for kind in (m.lora_A, m.lora_B) for part in kind.values()])
+    model.register_forward_pre_hook(casts.begin)
+    model.register_forward_hook(casts.end, always_call=True)
+    for module in layers:
+        module.forward = functools.partial(_forward, module, module.forward, casts)
+    adapted = {id(layer.get_base_layer()) for layer in layers}
+    others: list[Any] = [m for m in model.modules() if type(m) is bnb.nn.Linear4bit and id(m) not in adapted]
+    for other in others:
+        other.forward = functools.partial(_frozen_forward, other, other.forward)
     return model
+
+
+def _frozen_forward(base: Any, theirs: Any, x: torch.Tensor) -> torch.Tensor:
+    if not x.numel() or _bitsandbytes_has_a_kernel(x):
+        result: torch.Tensor = theirs(x)
+        return result
+    product: torch.Tensor = _FrozenProduct.apply(x, _rows(x, _compute_dtype(x)), base)
+    return product
 
 
 def _plain(layer: Any) -> bool:
@@ -131,22 +227,24 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _forward(layer: Any, theirs: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _forward(layer: Any, theirs: Any, casts: _Casts, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     more = args or kwargs or layer.disable_adapters or layer.merged or len(names) != 1
     if more or not x.numel() or _bitsandbytes_has_a_kernel(x):
         result: torch.Tensor = theirs(x, *args, **kwargs)
         return result
     (name,) = names
-    dropout = layer.lora_dropout[name]
-    dropping = layer.training and getattr(dropout, "p", 0.0) > 0.0
+    dtype = _compute_dtype(x)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     product: torch.Tensor = _AdaptedProduct.apply(
         x,
-        _rows(x, _compute_dtype(x)),
-        dropout(x) if dropping else None,
-        layer.lora_A[name].weight,
-        layer.lora_B[name].weight,
+        _rows(x, dtype),
+        a,
+        b,
+        casts.of(a, dtype),
+        casts.of(b, dtype),
         layer.scaling[name],
+        getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0,
         layer.get_base_layer(),
     )
     return product

@@ -92,25 +92,30 @@ def dequantize_plain(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
 
 
 @functools.cache
-def _triton_dequantize() -> Any:
-    """The CUDA kernel; None where there is no Triton (Windows) or it cannot compile (no C compiler)."""
+def triton_kernel() -> Any:
+    """Return `four_bit_triton.dequantize`; None where there is no Triton (Windows) or it cannot compile."""
     try:
-        from . import int4_triton
+        from . import four_bit_triton
 
-        codes, scales = torch.zeros(16, dtype=torch.uint8, device="cuda"), torch.ones(1, device="cuda")
-        int4_triton.dequantize(Stored(codes, scales, None, None, 32, 32), torch.float16)
+        codes, ones = torch.zeros(16, dtype=torch.uint8, device="cuda"), torch.ones(16, device="cuda")
+        four_bit_triton.dequantize(Stored(codes, ones[:1], None, None, 32, 32), ones, None, torch.float16)
     except Exception as error:  # Triton and its compiler fail in many ways, and none of them is the user's doing
-        logger.warning(
-            "int4 layers go without their CUDA kernel, several times slower (%s)", " ".join(str(error).split())
-        )
+        logger.warning("4-bit layers go without the kit's CUDA kernel, slower (%s)", " ".join(str(error).split()))
         return None
-    return int4_triton.dequantize
+    return four_bit_triton.dequantize
+
+
+@functools.cache
+def _levels(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantization.codebook("int4").to(device), quantization.dynamic_codebook().to(device)
 
 
 def dequantize(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     """Undo the packing with the fastest means at hand; arguments as for `dequantize_plain`."""
-    kernel = (_triton_dequantize() if stored.packed.is_cuda else None) or dequantize_plain
-    return cast(torch.Tensor, kernel(stored, dtype))
+    kernel = triton_kernel() if stored.packed.is_cuda else None
+    if kernel is None:
+        return dequantize_plain(stored, dtype)
+    return cast(torch.Tensor, kernel(stored, *_levels(stored.packed.device), dtype))
 
 
 class _Product(torch.autograd.Function):

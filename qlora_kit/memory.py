@@ -30,7 +30,7 @@ import peft
 import torch
 from torch import nn
 
-from . import models, training
+from . import graphs, models, training
 from .errors import KitError, unknown
 from .experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, preset, presets
 from .fused import use_cpu_attention_
@@ -412,6 +412,8 @@ class _Step:
         self.model, self.tape, self.where = model, tape, where
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer: Any = None
+        self.gradients: graphs.Gradients | None = None
+        self.graphs = graphs.obstacle(experiment.training, model, where.kind) is None
 
     def hold_weights(self) -> None:
         """Count the weights, by kind."""
@@ -426,7 +428,13 @@ class _Step:
         for tensor in tensors:
             self.tape.hold(tensor, "optimizer")
         self._state = tensors
-        if self.spec.gradient_accumulation > 1:
+        if self.graphs:
+            self.gradients = graphs.Gradients(self.trained)
+            self.tape.hold(self.gradients.flat, "gradients")
+            if self.gradients.twice:
+                for parameter in self.trained:
+                    parameter.grad = None
+        elif self.spec.gradient_accumulation > 1:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter)
                 self.tape.hold(parameter.grad, "gradients")
@@ -555,7 +563,7 @@ LLAMA = ("llama-1.1b", "llama-3b", "llama-7b", "llama-13b", "llama-30b", "llama-
 
 
 def with_method(experiment: Experiment, method: str, scheme: str = "none", nested: bool = True) -> Experiment:
-    """Return an experiment trained another way, all else equal.
+    """Return an experiment trained another way, all else equal, and eagerly.
 
     Args:
         experiment: The experiment; where it trains every weight, adapters as in `LoraSpec()` are added.
@@ -569,6 +577,7 @@ def with_method(experiment: Experiment, method: str, scheme: str = "none", neste
     if changes["quantization.scheme"] in ("none", "int8"):
         changes["quantization.block_size"] = 64
     changes["quantization.double_quantization"] = nested
+    changes["training.graphs"] = "none"  # as `measure` has it
     if method == "full":
         changes["lora"] = None
     elif experiment.lora is None:
@@ -797,11 +806,19 @@ def same_shape(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def _inside(where: Device) -> dict[Any, Any]:
-    """Return what to run on the meta device in place of bitsandbytes' operations, to see what they allocate inside.
+    """Return what to run on the meta device in place of some operations, to see what they allocate inside.
 
-    The bodies are those of bitsandbytes' own kernels (backends/default/ops.py and backends/cuda/ops.py, 0.50).
+    The bodies are those of bitsandbytes' own kernels (backends/default/ops.py and backends/cuda/ops.py, 0.50), and of
+    torch's for a CPU, where a mask of booleans is made a number for a product (a GPU reads it as one).
     """
-    ops = torch.ops.bitsandbytes
+    ops, aten = torch.ops.bitsandbytes, torch.ops.aten
+
+    def native_dropout(a: Any, p: float, train: bool | None) -> Any:
+        kept = torch.empty(a.shape, device=a.device, dtype=torch.bool)
+        return a * kept.to(a.dtype), kept
+
+    def native_dropout_backward(a: Any, kept: Any, scale: float) -> Any:
+        return a * kept.to(a.dtype) * scale
 
     def gemm_4bit(
         a: Any, b: Any, shape: Any, absmax: Any, blocksize: int, quant_type: str, bias: Any = None,
@@ -836,7 +853,12 @@ def _inside(where: Device) -> dict[Any, Any]:
     ) -> Any:
         return scaled_mm(ca, cb, sca, scb, bias, a.dtype), torch.empty(0, device=a.device, dtype=a.dtype)
 
+    on_cpu = {
+        aten.native_dropout.default: native_dropout,
+        aten.native_dropout_backward.default: native_dropout_backward,
+    }
     return {
+        **(on_cpu if where.kind == "cpu" else {}),
         ops.gemm_4bit.default: gemm_4bit,
         ops.int8_vectorwise_quant.default: vectorwise_quant,
         ops.int8_scaled_mm.default: scaled_mm,
@@ -926,7 +948,8 @@ def measure(
     """Train for a few steps and say what they took.
 
     The kit's own Trainer trains on random tokens of the given shape: one step to warm up, `steps` that are timed, and
-    (for `parts`) one or two that are watched. On CUDA, call it in a fresh process: the allocator counts per process.
+    (for `parts`) one or two that are watched. Steps run eagerly; what CUDA graphs hold, `plan` and a run's
+    `training.json` say. On CUDA, call it in a fresh process: the allocator counts per process.
 
     Args:
         experiment: What to train; `model.random_weights` where the weights do not matter.
@@ -960,6 +983,7 @@ def measure(
             "training.logging_steps": 1,
             "training.keep_best": False,
             "training.early_stopping": None,
+            "training.graphs": "none",
             "data.max_length": length,
         }
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -35,6 +36,7 @@ from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
+from . import graphs
 from .errors import KitError, unknown
 from .experiment import Experiment, ModelSpec
 from .fused import fuse_, use_cpu_attention_
@@ -330,7 +332,8 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
     if precision == "fp32":
         yield
     else:
-        with torch.autocast(device.type, dtype=COMPUTE_DTYPES[precision]):
+        # A graph would read casts that autocast had kept, and that are gone when it is replayed.
+        with torch.autocast(device.type, dtype=COMPUTE_DTYPES[precision], cache_enabled=device.type != "cuda"):
             yield
 
 
@@ -908,16 +911,19 @@ def make_lean_(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-
-    def as_given(_: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output.to(arguments[0].dtype)
-
     for name, module in list(model.named_modules()):
         if isinstance(module, NewGELUActivation):
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.GELU("tanh"))
         elif isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(as_given)
+            setattr(module, "forward", functools.partial(_lean_norm, module))  # noqa: B010  # a method to the type checker
     return model
+
+
+def _lean_norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    # torch's kernel takes its sums in fp32 whatever it is given. A plan's shapes have no autocast.
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (norm.weight, norm.bias))
+        return torch.native_layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)[0]
 
 
 def _four_bit(weight: torch.Tensor, scheme: str, nested: bool, module: Any) -> nn.Parameter:
@@ -1203,24 +1209,30 @@ def forward_texts(
     """
     from tqdm.auto import tqdm
 
-    from .data import tokenize
+    from .data import BUCKET_EDGES, collator, tokenize
 
     ids = tokenize(tokenizer, texts, max_length, too_long)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     rows: list[np.ndarray | None] = [None] * len(ids)
     model.eval()
+    pad = collator(tokenizer.pad_token_id, max_length=max_length, edges=BUCKET_EDGES if device.type == "cuda" else None)
+    replayed = graphs.of(model, device) if device.type == "cuda" and not graphs.asks_the_host(model) else None
+
+    def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with graphs.attending():
+            return _pooled_states(model, batch) if states else model(**batch).logits
+
     bar = tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None)
     with torch.inference_mode(), computing(device, "fp32" if device.type == "cpu" else precision), bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            longest = max(len(ids[row]) for row in chosen)
-            input_ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
-            mask = torch.zeros_like(input_ids)
-            for place, row in enumerate(chosen):
-                input_ids[place, : len(ids[row])] = torch.tensor(ids[row])
-                mask[place, : len(ids[row])] = 1
-            batch = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
-            result = _pooled_states(model, batch) if states else model(**batch).logits
+            batch = pad([{"input_ids": ids[row], "attention_mask": [1] * len(ids[row])} for row in chosen])
+            if replayed is None:
+                result = work({name: value.to(device) for name, value in batch.items()})
+            else:
+                few = min(batch_size, 1 << (len(chosen) - 1).bit_length())  # a power of two: few shapes
+                batch = graphs.filled(batch, few)
+                result = replayed.run(f"forward {precision} {states}", work, batch)[: len(chosen)]
             for row, values in zip(chosen, result.float().cpu().numpy(), strict=True):
                 rows[row] = values
             bar.update(len(chosen))

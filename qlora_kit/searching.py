@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from . import models, records, training
-from .data import LengthBatchSampler, TextData, load, tokenize
+from .data import TextData, load, tokenize
 from .errors import KitError, unknown
 from .experiment import Experiment, safe_name
 
@@ -533,7 +533,7 @@ class _Searcher(training.KitTrainer):
         spec = experiment.training
         self.spec = spec
         if spec.padding == "buckets":
-            self.order = LengthBatchSampler(self.lengths, spec.batch_size * spec.gradient_accumulation, spec.seed)
+            self.order = training.order_of(spec, self.lengths, self.device)
         model = models.build(
             experiment, self.data.label_names, device=self.device, pad_token_id=self.tokenizer.pad_token_id
         )
@@ -554,6 +554,7 @@ class _Searcher(training.KitTrainer):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except BaseException as error:
             # Before the next one is built, or two would be in memory.
+            self.graphs, self.trained = None, []
             self.model = self.model_wrapped = None  # type: ignore[assignment]  # as the Trainer does after a whole one
             self.accelerator.free_memory()
             if trial is not None and isinstance(error, (training.TrainingError, torch.cuda.OutOfMemoryError)):

@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, PrinterCallback
 
-from . import cards, checkpoints, evaluation, models, records, tracking
-from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
+from . import cards, checkpoints, evaluation, graphs, models, records, tracking
+from .data import BUCKET_EDGES, LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
 from .records import Run
@@ -55,16 +55,12 @@ class KitTrainer(Trainer):
 
     def __init__(self, *, spec: TrainingSpec, lengths: list[int], **kwargs: Any) -> None:
         self.spec = spec
-        self.order = (
-            LengthBatchSampler(lengths, spec.batch_size * spec.gradient_accumulation, spec.seed)
-            if spec.padding == "buckets"
-            else None
-        )
+        self.lengths = lengths
+        self.order = order_of(spec, lengths, kwargs["args"].device) if spec.padding == "buckets" else None
         self.meter = _Meter(self)
+        self.graphs: graphs.Graphs | None = None
         super().__init__(**kwargs, callbacks=[*_callbacks(spec), self.meter])
         self.model: Any  # the Trainer's own hint admits None, before a model is made
-        if self.model is not None:
-            _spare_the_host(self.model)
         if self.args.disable_tqdm:
             # Without bars the Trainer prints every log entry instead.
             self.remove_callback(PrinterCallback)
@@ -76,6 +72,7 @@ class KitTrainer(Trainer):
         """Make the optimizer: adapters and head apart, each with its own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
+            self._take(model)
             decayed = set(self.get_decay_parameter_names(model))
             heads = models.head_parameters(model)
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -98,10 +95,120 @@ class KitTrainer(Trainer):
             )
         return self.optimizer
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _take(self, model: Any) -> None:
+        """Take a model to train: find what is trained once, and whether its steps can be graphs."""
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.counted = models.trainable_parameters(model)[1]
+        self.prepared = False
+        device = self.args.device
+        problem = graphs.obstacle(self.spec, model, device.type)
+        if problem is not None and self.spec.graphs != "none":
+            logger.log(
+                logging.WARNING if device.type == "cuda" else logging.INFO,
+                "Steps run eagerly, not as CUDA graphs: %s.",
+                problem,
+            )
+        self.graphs = graphs.Graphs(device) if problem is None else None
+        self.gradients = None if self.graphs is None else graphs.Gradients(self.trained)
+        _spare_the_host(model, self.trained, self.gradients)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one forward and backward pass, counting rows and real tokens without waiting for the device."""
         self.meter.count(inputs["attention_mask"])
-        return super().training_step(model, inputs, *args, **kwargs)
+        step = super().training_step
+        if self.graphs is None:
+            # Around the backward pass too: a layer that runs again there must attend as it did before.
+            with self._attending():
+                return step(model, inputs, num_items_in_batch)
+        inputs = graphs.filled(inputs, self.spec.batch_size)
+        # What a graph is made for besides its shapes: what the loss is divided by.
+        kind = f"training step of {self.current_gradient_accumulation_steps}"
+
+        def work(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            assert self.gradients is not None
+            with self._attending(), self.gradients.summed():
+                return step(model, given, given.pop("items", None))
+
+        if not self.prepared:
+            self.prepared = True
+            self._prepare_graphs(kind, work, inputs, num_items_in_batch)
+        items = _items(num_items_in_batch, self.args.device)
+        loss: torch.Tensor = self.graphs.run(kind, work, {**inputs, **items})
+        return loss
+
+    def _prepare_graphs(self, kind: str, work: graphs.Work, inputs: Any, num_items_in_batch: Any) -> None:
+        """Capture a step for each width that the epochs have, the widest first, and say so."""
+        assert self.graphs is not None and self.gradients is not None
+        items = _items(num_items_in_batch, self.args.device)
+
+        def of_width(width: int) -> dict[str, torch.Tensor]:
+            batch = {
+                name: torch.zeros((self.spec.batch_size, width)[: value.dim()], dtype=value.dtype)
+                for name, value in inputs.items()
+            }
+            batch["attention_mask"][:, : max(width - 1, 1)] = 1
+            return {**{name: value.to(self.args.device) for name, value in batch.items()}, **items}
+
+        before = self.gradients.flat.clone()
+        self.graphs.prepare(kind, work, (of_width(width) for width in self.widths()))
+        self.gradients.flat.copy_(before)
+        logger.info(
+            "A step of each of %d widths captured as a CUDA graph in %.1f s; they hold %.0f MiB.",
+            len(self.graphs),
+            self.graphs.seconds,
+            self.graphs.bytes / 2**20,
+        )
+
+    def widths(self) -> list[int]:
+        """Return the widths of the batches of all epochs, the widest first; none if the collator hides them."""
+        width: Any = getattr(self.data_collator, "width", None)
+        if width is None:
+            return []
+        if self.order is None:
+            # Shuffled rows: any of them can be the longest of its batch.
+            return sorted({width(length) for length in self.lengths}, reverse=True)
+        found, size = set(), self.spec.batch_size
+        for epoch in range(math.ceil(self.args.num_train_epochs)):
+            lengths = self.order.lengths[self.order.order(epoch)]
+            longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), size))
+            found |= {width(int(length)) for length in np.unique(longest)}
+        return sorted(found, reverse=True)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Run one forward pass of an evaluation, as a graph where steps are."""
+        step = super().prediction_step
+
+        def work(given: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
+            with self._attending():
+                result: tuple[Any, Any, Any] = step(model, given, prediction_loss_only, ignore_keys)
+            return result
+
+        if self.graphs is None:
+            return work(inputs)
+        with torch.no_grad():
+            result: tuple[Any, Any, Any] = self.graphs.run(f"prediction {prediction_loss_only}", work, inputs)
+        return result
+
+    def _attending(self) -> Any:
+        return graphs.attending() if self.args.device.type == "cuda" else contextlib.nullcontext()
+
+    # What follows the Trainer does at every step with a walk over every module of the model.
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return the operations of a step, estimated as transformers does: 6 for each token and parameter."""
+        tokens: int = inputs["input_ids"].numel()
+        return 6 * tokens * self.counted
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.gradients is None:
+            return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        self.accelerator.unscale_gradients()
+        return self.gradients.clip_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return self.accelerator.clip_grad_norm_(self.trained, math.inf) if grad_norm is None else grad_norm
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial))
@@ -137,19 +244,42 @@ class KitTrainer(Trainer):
         models.load_weights_(self.model, best / "adapter")
 
 
-def _spare_the_host(model: Any) -> None:
+def _items(count: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    # What the loss is divided by, for models whose loss is told: a tensor, so that a graph reads it.
+    return {} if count is None else {"items": torch.as_tensor(count, device=device)}
+
+
+def order_of(spec: TrainingSpec, lengths: Sequence[int], device: torch.device) -> LengthBatchSampler:
+    """Return the order of rows in which batches have like lengths (`training.padding` `buckets`).
+
+    Args:
+        spec: How to train.
+        lengths: Tokens of each training row.
+        device: Where. On CUDA few widths occur, so that a graph can be captured for each.
+    """
+    return LengthBatchSampler(lengths, spec.batch_size * spec.gradient_accumulation, spec.seed, edges=edges_of(device))
+
+
+def edges_of(device: torch.device) -> tuple[int, ...] | None:
+    """Return the widths that batches are padded to on a device: CUDA graphs have fixed shapes; None for any."""
+    return BUCKET_EDGES if device.type == "cuda" else None
+
+
+def _spare_the_host(model: Any, trained: list[torch.nn.Parameter], gradients: graphs.Gradients | None) -> None:
     """Make what the Trainer asks of a model at every step cost what changes, not a walk over every module.
 
     It switches the model to training mode and clears its gradients each step: with hundreds of modules that is several
     milliseconds of Python, in which a GPU waits.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def train(mode: bool = True) -> Any:
         # Its modules are switched together, here and by `eval`.
         return model if model.training == mode else type(model).train(model, mode)
 
     def zero_grad(set_to_none: bool = True) -> None:
+        if gradients is not None:
+            gradients.flat.zero_()
+            return
         for parameter in trained:
             parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.zero_()
 
@@ -351,6 +481,8 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_num_workers=spec.workers,
         dataloader_pin_memory=device.type == "cuda",
+        # The next batch travels while this one is computed.
+        accelerator_config={"non_blocking": device.type == "cuda"},
         report_to=["wandb"] if tracked else [],
         disable_tqdm=not progress,
         use_cpu=device.type == "cpu",
@@ -384,7 +516,11 @@ def enable_checkpointing(model: torch.nn.Module, use_reentrant: bool) -> None:
     """
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     base: Any = inner.base_model if isinstance(inner, models.PooledClassifier) else inner
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    more: dict[str, Any] = {}
+    if not use_reentrant and next(model.parameters()).is_cuda:
+        # torch's own way of dropping the same twice cannot be captured in a CUDA graph.
+        more = {"preserve_rng_state": False, "context_fn": graphs.checkpoint_contexts}
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant, **more})
     if use_reentrant:
         # The reentrant way finds no gradient to carry unless its inputs need one, and frozen embeddings do not.
         base.enable_input_require_grads()
@@ -583,6 +719,7 @@ def trainer_data(
             tokenizer.pad_token_id,
             "max_length" if experiment.training.padding == "max_length" else "longest",
             experiment.data.max_length,
+            edges=edges_of(models.default_device()),
         ),
         "compute_metrics": lambda predicted: evaluation.compute_metrics(predicted.predictions, predicted.label_ids),
     }
@@ -618,6 +755,7 @@ def start_head(
         states=True,
         progress="class means" if progress else None,
     )
+    graphs.forget(model)  # those of its forward passes: training has its own
     models.start_head_from_class_means_(model, states, data.train.labels)
     model.train()
 
@@ -735,6 +873,15 @@ def _summary(
             "total_seconds": total_seconds,
             "resumed_from_step": checkpoints.step_of(resumed) if resumed else None,
         },
+        "graphs": None
+        if trainer.graphs is None
+        else {
+            "captured": len(trainer.graphs),
+            "start_seconds": trainer.graphs.seconds,
+            "start_bytes": trainer.graphs.bytes,
+            "start_device_bytes": trainer.graphs.device_bytes,
+            "problem": trainer.graphs.problem,
+        },
     }
 
 
@@ -743,9 +890,9 @@ def _planned(trainer: KitTrainer, experiment: Experiment, labels: int) -> int | 
     from . import memory
 
     rows: Any = trainer.train_dataset
-    longest = experiment.data.max_length if experiment.training.padding == "max_length" else max(rows.lengths)
+    pad: Any = trainer.data_collator
     try:
-        return memory.plan(experiment, length=longest, labels=labels).total
+        return memory.plan(experiment, length=pad.width(max(rows.lengths)), labels=labels).total
     except Exception as error:
         # A finished run is worth more than its plan.
         logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)

@@ -1,0 +1,128 @@
+r"""Imitate a Tesla T4 on a larger GPU, and train DialoGPT-medium's shape on it whole: results/t4.json.
+
+    python benchmarks/t4.py                     # a few minutes on an H100
+    python benchmarks/t4.py --recipe-steps 4504 # the explained recipe's four epochs as well, 20 minutes more
+
+A T4 has 15 GiB and no bf16: the process gets that share of the GPU's memory
+(`torch.cuda.set_per_process_memory_fraction`) and computes in fp16. Its speed is not imitated. Two runs, each in a
+process of its own: the kit's preset over its four epochs, evaluation and saving included, and the explained recipe
+over `--recipe-steps` steps. Every batch of the recipe is as wide as the next, so its four epochs are their number times
+the median step, and the record says how many were measured. Weights are random: no score is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+T4_BYTES = 15 * 2**30
+PRESETS = {"ours": "dialogpt-medium_banking77_qlora", "recipe": "dialogpt-medium_banking77_recipe"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe-steps", type=int, default=100, help="steps of the recipe that are measured (100)")
+    parser.add_argument("--our-steps", type=int, default=None, help="steps of the kit's preset; all of four epochs")
+    parser.add_argument("--out", default="results/t4.json")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(train(options.one[0], int(options.one[1]) or None)))
+        return 0
+    import torch
+
+    from qlora_kit import models, records
+
+    if not torch.cuda.is_available():
+        print("A T4 is imitated on a CUDA GPU, and there is none here.", file=sys.stderr)
+        return 2
+    rows = []
+    for contender, steps in (("ours", options.our_steps or 0), ("recipe", options.recipe_steps)):
+        print(f"{contender} ...", flush=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", contender, str(steps)], stdout=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            return done.returncode
+        rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(
+            "{contender}: {samples_per_second:.1f} samples/s, four epochs in {epochs_seconds:.0f} s".format(**rows[-1])
+        )
+    command = " ".join(["python benchmarks/t4.py", *sys.argv[1:]])
+    environment = records.environment(models.default_device())
+    records.write_json(
+        options.out,
+        {"schema": records.SCHEMA, "environment": environment, "command": command, "imitated": "T4", "rows": rows},
+    )
+    print(f"written: {options.out}")
+    return 0
+
+
+def train(contender: str, steps: int | None) -> dict[str, Any]:
+    """Train a preset within a T4's memory, and return its row."""
+    import torch
+    from transformers import TrainerCallback
+
+    import qlora_kit as qk
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, T4_BYTES / total))
+    experiment = qk.preset(PRESETS[contender]).override(
+        {
+            "model.name": "shape:dialogpt-medium",
+            "model.random_weights": True,
+            "training.precision": "fp16",
+            "training.max_steps": steps,
+            "tracking.wandb": "none",
+        }
+    )
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % 10 == 0:
+                torch.cuda.synchronize()
+                self.marks.append(time.perf_counter())
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        run = qk.finetune(experiment, out=folder, progress=False, callbacks=[clock])
+        record = run.training
+    ten = statistics.median(later - sooner for sooner, later in zip(clock.marks, clock.marks[1:], strict=False))
+    batch = experiment.training.batch_size
+    epoch_steps = -(-record["rows"]["train"] // batch)
+    whole = steps is None
+    return {
+        "contender": contender,
+        "preset": PRESETS[contender],
+        "precision": record["precision"],
+        "batch": batch,
+        "steps": record["steps"],
+        "epochs": experiment.training.epochs if whole else None,
+        "step_seconds": ten / 10,
+        "samples_per_second": record["timing"]["samples_per_second"] if whole else batch * 10 / ten,
+        # Of a part of the steps, the rest is taken to be as long; evaluation is then left out.
+        "epochs_seconds": record["timing"]["train_seconds"] if whole else 4 * epoch_steps * ten / 10,
+        "measured": whole,
+        "peak_bytes": record["memory"]["peak_bytes"],
+        "reserved_bytes": record["memory"]["reserved_bytes"],
+        "planned_bytes": record["memory"]["planned_bytes"],
+        "limit_bytes": T4_BYTES,
+        "graphs": record["graphs"],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

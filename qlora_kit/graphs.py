@@ -1,0 +1,371 @@
+"""Steps as replayed CUDA graphs: the host says once what the GPU is to do, then only that it do it again.
+
+A training step of a small model is some thousand short kernels. Launching them one by one from Python takes several
+times as long as running them, and the GPU waits. A CUDA graph is the recorded list of launches of one step; replaying
+it is a single launch (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). It has fixed shapes and
+fixed addresses, so there is one for each shape of batch, its inputs are copied into tensors that stay where they are,
+and so are gradients. Loss scale and random numbers live on the GPU and differ from replay to replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# Before anything that imports bitsandbytes by itself.
+from ._bnb import bnb  # isort: skip
+import torch
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from .experiment import TrainingSpec
+
+logger = logging.getLogger(__name__)
+
+Inputs = Mapping[str, torch.Tensor]
+Work = Callable[[dict[str, torch.Tensor]], Any]
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    outputs: Any
+
+
+class Graphs:
+    """CUDA graphs of pieces of work that are done again and again, one for each shape of their inputs.
+
+    All share one pool of memory, in which one graph's temporary tensors take the place of another's: they are never
+    replayed at the same time. The pool is as large as the largest needs if that is captured first.
+
+    Args:
+        device: The CUDA device.
+
+    Attributes:
+        seconds: How long `prepare` took.
+        bytes: How much more the allocator holds after it: the pool.
+        device_bytes: How much less memory the device has free after it: the pool, what the driver keeps of each graph,
+            and kernels that were loaded for the first time.
+        problem: Why nothing is captured any more, or None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.bytes = self.device_bytes = 0
+        self.problem: str | None = None
+        self._captured: dict[tuple[Any, ...], _Captured] = {}
+        self._seen: set[tuple[Any, ...]] = set()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, kind: str, work: Work, inputs: Inputs) -> Any:
+        """Do some work, as a graph from the second time on that inputs of such shapes are given.
+
+        Args:
+            kind: Name of the work: what is done must depend on it and on the inputs' shapes alone.
+            work: Takes the inputs and returns tensors (nested as you like), all on the device; without a
+                host synchronisation.
+            inputs: Tensors, on the device or not.
+
+        Returns:
+            What `work` returns, in tensors of its own.
+        """
+        key = _key(kind, inputs)
+        known = self._captured.get(key)
+        if known is None:
+            if self.problem is not None or key not in self._seen:
+                self._seen.add(key)
+                return work(self._moved(inputs))
+            if not self._capture(key, work, inputs):
+                return work(self._moved(inputs))
+            known = self._captured[key]
+        for name, held in known.inputs.items():
+            held.copy_(inputs[name], non_blocking=True)
+        known.graph.replay()
+        # The next replay of any graph writes over these.
+        return tree_map_only(torch.Tensor, torch.Tensor.clone, known.outputs)
+
+    def _moved(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+
+    def prepare(self, kind: str, work: Work, shapes: Iterable[Inputs]) -> None:
+        """Capture graphs ahead of their first use: hand over the largest inputs first.
+
+        Args:
+            kind: As for `run`.
+            work: As for `run`. It is done once for each of the shapes, with the random state as it was
+                afterwards; what else it changes (gradients) is the caller's to undo.
+            shapes: Inputs of each shape, on the device.
+        """
+        torch.cuda.empty_cache()
+        began, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
+        held = torch.cuda.memory_reserved(self.device)
+        for inputs in shapes:
+            key = _key(kind, inputs)
+            if self.problem is None and key not in self._captured:
+                self._capture(key, work, inputs, warm_up=True)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what warming up took outside of the pool
+        self.bytes += torch.cuda.memory_reserved(self.device) - held
+        self.device_bytes += free - torch.cuda.mem_get_info(self.device)[0]
+        self.seconds += time.perf_counter() - began
+
+    def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, warm_up: bool = False) -> bool:
+        held = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        random_state = torch.cuda.get_rng_state(self.device)
+        collecting = gc.isenabled()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+                with _checkpoints_counted() as count:
+                    if warm_up:  # loads kernels and libraries' workspaces, which a capture must not
+                        work(dict(held))
+                # A collection in the middle could free another graph, which no capture survives.
+                gc.disable()
+                with _random_states(graph, self.device, count() if warm_up else 0):
+                    # Other threads (pinning memory, logging) may go on as they like.
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                    try:
+                        outputs = work(dict(held))
+                    finally:
+                        graph.capture_end()
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            logger.warning("This step cannot be captured as a CUDA graph (%s); steps run eagerly.", self.problem)
+            return False
+        finally:
+            if collecting:
+                gc.enable()
+            torch.cuda.set_rng_state(random_state, self.device)
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._captured[key] = _Captured(graph, held, outputs)
+        return True
+
+
+# Weights whose gradients may exist twice for a moment: 64 MiB.
+MOST_HELD_TWICE = 2**24
+
+
+class Gradients:
+    """Gradients that stay where they are, side by side in one tensor, so that they are cleared and clipped as one.
+
+    Args:
+        trained: The trained weights, all of one dtype and on one device; their `grad` is set.
+    """
+
+    def __init__(self, trained: Sequence[torch.nn.Parameter]) -> None:
+        self.trained = list(trained)
+        self.twice = sum(weight.numel() for weight in self.trained) <= MOST_HELD_TWICE
+        sizes = [-(-weight.numel() // 32) * 32 for weight in self.trained]  # aligned, for the kernels that read them
+        self.flat = torch.zeros(sum(sizes), dtype=self.trained[0].dtype, device=self.trained[0].device)
+        places = [0, *itertools.accumulate(sizes)]
+        self.parts = [
+            self.flat.as_strided(w.shape, w.stride(), place) for w, place in zip(self.trained, places, strict=False)
+        ]
+        for weight, part in zip(self.trained, self.parts, strict=True):
+            weight.grad = part
+
+    @contextlib.contextmanager
+    def summed(self) -> Iterator[None]:
+        """Add the gradients of the backward pass inside in few launches, not one for each weight."""
+        if not self.twice:
+            yield
+            return
+        for weight in self.trained:
+            weight.grad = None
+        try:
+            yield
+            fresh = [(part, w.grad) for part, w in zip(self.parts, self.trained, strict=True) if w.grad is not None]
+            torch._foreach_add_([part for part, _ in fresh], [gradient for _, gradient in fresh])
+        finally:
+            for weight, part in zip(self.trained, self.parts, strict=True):
+                weight.grad = part
+
+    def clip_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+
+        Returns:
+            The norm before.
+        """
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+
+def _key(kind: str, inputs: Inputs) -> tuple[Any, ...]:
+    return (kind, *((name, value.shape, value.dtype) for name, value in inputs.items()))
+
+
+def obstacle(spec: TrainingSpec, model: torch.nn.Module, device: str) -> str | None:
+    """Return why a model's training steps are not to be captured, as far as is known beforehand; None if they are.
+
+    Args:
+        spec: How it is trained.
+        model: On any device, the meta device included.
+        device: What it is trained on: `cuda` or `cpu`.
+    """
+    if spec.graphs == "none":
+        return "training.graphs is none"
+    if device != "cuda":
+        return "CUDA graphs need a CUDA device"
+    if asks_the_host(model):
+        return "bitsandbytes' 8-bit layers look for outliers on the host"
+    if spec.gradient_checkpointing and spec.use_reentrant:
+        return "checkpointing with use_reentrant puts random states back from the host"
+    if len({(weight.dtype, weight.device) for weight in model.parameters() if weight.requires_grad}) != 1:
+        return "the trained weights are of several dtypes or on several devices"
+    return None
+
+
+def asks_the_host(model: torch.nn.Module) -> bool:
+    """Return whether a forward pass waits for a value from the device, which no graph can."""
+    return any(isinstance(module, bnb.nn.Linear8bitLt) for module in model.modules())
+
+
+def filled(inputs: Inputs, rows: int) -> dict[str, torch.Tensor]:
+    """Fill a batch that is not full with rows that no loss counts, so that its graph is that of full ones.
+
+    Args:
+        inputs: `input_ids` and `attention_mask` `[rows, width]`, and `labels` `[rows]` where there are any.
+        rows: Rows that are wanted.
+
+    Returns:
+        A batch of at least so many rows. Those that are new have one token, and the label -100: what cross-entropy
+        leaves out of its sum and of its count.
+    """
+    missing = rows - len(inputs["input_ids"])
+    if missing <= 0:
+        return dict(inputs)
+    made = {name: torch.cat([value, value.new_zeros(missing, *value.shape[1:])]) for name, value in inputs.items()}
+    made["attention_mask"][-missing:, 0] = 1
+    if "labels" in made:
+        made["labels"][-missing:] = -100
+    return made
+
+
+def attending() -> Any:
+    """Return a context that leaves cuDNN's attention out.
+
+    cuDNN makes a plan for each shape, which takes longer than capturing the whole step; at the lengths of short texts
+    torch's own kernels are as fast.
+    """
+    kernels = torch.nn.attention.SDPBackend
+    return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
+
+
+_of_models: weakref.WeakKeyDictionary[torch.nn.Module, Graphs] = weakref.WeakKeyDictionary()
+
+
+def of(model: torch.nn.Module, device: torch.device) -> Graphs:
+    """Return the graphs that belong to a model and go when it does.
+
+    Args:
+        model: Whose forward passes are captured. Its weights may change in place, not be replaced.
+        device: The CUDA device it is on.
+    """
+    if model not in _of_models:
+        _of_models[model] = Graphs(device)
+    return _of_models[model]
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Let go of a model's graphs and of the memory that they hold.
+
+    Args:
+        model: Any.
+    """
+    _of_models.pop(model, None)
+
+
+# --- recomputed dropout -----------------------------------------------------------------------------------------
+#
+# Gradient checkpointing computes a layer twice and must drop the same both times. Eagerly it puts the generator's
+# state back. In a graph the generator's state is a place in memory that each replay moves on, so every layer gets two
+# generators of one seed: one for its forward pass and one for the second, which move on alike.
+
+
+class _Randomness:
+    """The pairs of generators of the graph that is being captured, and how many layers asked for one."""
+
+    def __init__(self) -> None:
+        self.pairs: Iterator[tuple[torch.Generator, torch.Generator]] | None = None
+        self.asked = 0
+
+
+_randomness = _Randomness()
+
+
+@contextlib.contextmanager
+def _checkpoints_counted() -> Iterator[Callable[[], int]]:
+    before = _randomness.asked
+    yield lambda: _randomness.asked - before
+
+
+@contextlib.contextmanager
+def _random_states(graph: torch.cuda.CUDAGraph, device: torch.device, layers: int) -> Iterator[None]:
+    generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
+    pairs = []
+    for layer in range(layers):
+        first = generator.clone_state()
+        first.manual_seed((generator.initial_seed() + (generator.get_offset() << 16) + layer + 1) % 2**63)
+        pairs.append((first, first.clone_state()))
+        for state in pairs[-1]:
+            graph.register_generator_state(state)
+    _randomness.pairs = iter(pairs)
+    try:
+        yield
+    finally:
+        _randomness.pairs = None
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator) -> Iterator[None]:
+    default = torch.cuda.default_generators[generator.device.index]
+    own = default.graphsafe_get_state()
+    default.graphsafe_set_state(generator)
+    try:
+        yield
+    finally:
+        default.graphsafe_set_state(own)
+
+
+def checkpoint_contexts() -> tuple[Any, Any]:
+    """Return the two contexts of a checkpointed layer, in which dropout drops the same, captured or not.
+
+    It is the `context_fn` of `torch.utils.checkpoint.checkpoint(use_reentrant=False, preserve_rng_state=False)`.
+    """
+    _randomness.asked += 1
+    if torch.cuda.is_current_stream_capturing():
+        if _randomness.pairs is None:
+            raise RuntimeError("a checkpointed layer is captured outside of qlora_kit.graphs")
+        first, second = next(_randomness.pairs)
+        return _drawing_from(first), _drawing_from(second)
+    state: list[torch.Tensor] = []
+    return _noting(state), _again(state)
+
+
+@contextlib.contextmanager
+def _noting(state: list[torch.Tensor]) -> Iterator[None]:
+    state.append(torch.cuda.get_rng_state())
+    yield
+
+
+@contextlib.contextmanager
+def _again(state: list[torch.Tensor]) -> Iterator[None]:
+    now = torch.cuda.get_rng_state()
+    torch.cuda.set_rng_state(state[0])
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(now)

@@ -1,0 +1,130 @@
+"""What of the CUDA graphs works without a GPU: gradients side by side, batches filled up, and who is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qlora_kit as qk
+from qlora_kit import graphs, models, training
+from qlora_kit.experiment import TrainingSpec
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 100.0])
+@pytest.mark.parametrize("twice", [True, False])
+def test_gradients_side_by_side_are_those_of_autograd_summed_and_clipped(max_norm, twice):
+    ours, theirs = net(), net()
+    gradients = graphs.Gradients(list(ours.parameters()))
+    assert gradients.twice
+    gradients.twice = twice
+    for seed in (1, 2):  # accumulated over two batches
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(seed))
+        with gradients.summed():
+            ours(x).square().mean().backward()
+        theirs(x).square().mean().backward()
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    assert torch.allclose(gradients.clip_(max_norm), norm)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-5, atol=1e-8)
+    gradients.flat.zero_()
+    assert not any(weight.grad.any() for weight in ours.parameters())
+
+
+def test_a_step_that_fails_leaves_the_gradients_where_they_were():
+    model = net()
+    gradients = graphs.Gradients(list(model.parameters()))
+    with pytest.raises(ZeroDivisionError), gradients.summed():
+        model(torch.ones(1, 7)).sum().backward()
+        raise ZeroDivisionError
+    assert all(w.grad is part for w, part in zip(model.parameters(), gradients.parts, strict=True))
+    assert not gradients.flat.any()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_rows_that_fill_a_batch_up_change_neither_loss_nor_gradient(tiny_experiment, name):
+    model = models.build(
+        tiny_experiment(name, lora__dropout=0.0, training__precision="fp32"), list("abc"), pad_token_id=0
+    ).eval()
+    batch = {
+        "input_ids": torch.arange(10, 22).view(3, 4),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]),
+        "labels": torch.tensor([0, 1, 2]),
+    }
+    seen = []
+    for given in (batch, graphs.filled(batch, 8)):
+        model.zero_grad()
+        out = model(**given)
+        out.loss.backward()
+        seen.append((out.loss, out.logits[:3], {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (loss, logits, gradients), (again, filled_logits, filled_gradients) = seen
+    assert torch.allclose(loss, again, rtol=1e-5) and torch.allclose(logits, filled_logits, atol=1e-5)
+    for key, gradient in gradients.items():
+        assert torch.allclose(gradient, filled_gradients[key], rtol=1e-4, atol=1e-7), key
+    assert graphs.filled(batch, 3).keys() == batch.keys() and len(graphs.filled(batch, 2)["labels"]) == 3
+    assert "labels" not in graphs.filled({k: v for k, v in batch.items() if k != "labels"}, 8)
+
+
+def test_what_cannot_be_captured_is_known_beforehand(tiny_experiment):
+    def why(spec: TrainingSpec, device: str = "cuda", **changes) -> str | None:
+        return graphs.obstacle(
+            spec, models.build(tiny_experiment("bert", **changes), list("ab"), pad_token_id=0), device
+        )
+
+    assert why(TrainingSpec()) is None
+    assert why(TrainingSpec(gradient_checkpointing=True)) is None
+    assert "8-bit" in why(TrainingSpec(), quantization__scheme="int8")
+    assert "use_reentrant" in why(TrainingSpec(gradient_checkpointing=True, use_reentrant=True))
+    assert "none" in why(TrainingSpec(graphs="none"))
+    assert "CUDA device" in why(TrainingSpec(), "cpu")
+    mixed = net()
+    mixed[0].double()
+    assert "several dtypes" in graphs.obstacle(TrainingSpec(), mixed, "cuda")
+
+
+def test_on_a_cpu_it_says_once_that_steps_run_eagerly(topics, tiny_experiment, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="qlora_kit"):
+        run = qk.finetune(tiny_experiment("bert", training__epochs=1), data=topics, out=tmp_path, progress=False)
+    assert sum("eagerly" in record.message for record in caplog.records) == 1
+    assert run.training["graphs"] is None
+
+
+def test_the_widths_that_are_captured_are_those_that_come(tiny_experiment, tmp_path):
+    lengths = np.random.RandomState(0).randint(3, 90, 500).tolist()
+    rows = qk.data.TokenizedDataset([[1] * n for n in lengths], [0] * len(lengths))
+    collate = qk.data.collator(0, max_length=128, edges=qk.data.BUCKET_EDGES)
+    for padding, accumulation in (("buckets", 1), ("buckets", 3), ("longest", 1)):
+        spec = TrainingSpec(batch_size=16, gradient_accumulation=accumulation, padding=padding, epochs=2)
+        arguments = training.training_arguments(
+            spec, tmp_path, device=torch.device("cpu"), precision="fp32", steps=1, tracked=False, progress=False
+        )
+        trainer = training.KitTrainer(
+            spec=spec,
+            lengths=lengths,
+            model=net(),
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=collate,
+        )
+        if trainer.order is not None:  # as on a GPU
+            trainer.order = copy.copy(trainer.order)
+            trainer.order.edges = qk.data.BUCKET_EDGES
+        loader, seen = trainer.get_train_dataloader(), set()
+        for epoch in range(2):
+            if trainer.order is not None:
+                trainer.order.set_epoch(epoch)
+            seen |= {batch["input_ids"].shape[1] for batch in loader}
+        assert seen <= set(trainer.widths()) <= set(qk.data.BUCKET_EDGES)
+        assert trainer.widths() == sorted(trainer.widths(), reverse=True)
+        if padding == "buckets":
+            assert seen == set(trainer.widths())
