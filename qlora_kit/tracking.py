@@ -55,9 +55,12 @@ def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run |
         yield None
         return
     run = _init(experiment, out, name, mode)
-    records.write_json(out / name / FILE, {"schema": records.SCHEMA, "id": run.id, "offline": run.offline})
+    note = {"schema": records.SCHEMA, "id": run.id, "offline": run.offline, "steps": 0}
+    records.write_json(out / name / FILE, note)
     try:
         yield run
+        # Its steps, of which each log is one, not the Trainer's.
+        records.write_json(out / name / FILE, note | {"steps": run.step})
         run.finish()
     except BaseException:
         run.finish(exit_code=1)
@@ -135,7 +138,8 @@ def log_test(run: records.Run, labels: Sequence[int], result: Mapping[str, Any])
         return
     begun = records.read_json(note)
     # It becomes part of a folder's name.
-    if not (isinstance(begun, dict) and re.fullmatch(r"[\w-]{1,64}", str(begun.get("id")))):
+    named = isinstance(begun, dict) and re.fullmatch(r"[\w-]{1,64}", str(begun.get("id")))
+    if not named or not isinstance(begun.get("steps"), int):
         raise KitError(f"{note} names no W&B run: delete it, and the test is not logged")
     import wandb
 
@@ -155,7 +159,9 @@ def log_test(run: records.Run, labels: Sequence[int], result: Mapping[str, Any])
             **_against(result["metrics"]["baselines"]),
             **_matrix("test", labels, result["predictions"]["test"], result["labels"]),
             "train/global_step": run.training["steps"],  # what transformers' callback has for a horizontal axis
-        }
+        },
+        # An offline part does not know how many steps there were; two rows of one step would be one too many.
+        step=max(begun["steps"], tracked.step),
     )
     tracked.finish()
 

@@ -87,6 +87,7 @@ def test_the_test_goes_into_the_run_of_the_training(trained, topics, tmp_path):
     assert not first.resume and second.resume
 
     (logged,) = read(testing)[1]
+    assert logged["_step"] == max(row["_step"] for row in read(training)[1]) + 1
     scores = result["metrics"]["test"]
     for name in ("accuracy", "f1_macro", "f1_weighted", "loss"):
         assert [logged[f"test/{name}{end}"] for end in ("", "_low", "_high")] == [
@@ -129,9 +130,10 @@ def test_a_test_is_not_logged_where_that_is_not_wanted_or_would_do_harm(trained,
         context.setattr(trained, "experiment", silent.override({"tracking.wandb": "auto"}))
         context.setenv("WANDB_MODE", "disabled")
         assert tested() == 1
-    records.write_json(trained.path / tracking.FILE, {"schema": 1, "id": "../../elsewhere", "offline": True})
-    with pytest.raises(qk.KitError, match="names no W&B run"):
-        tested()
+    for damaged in ([], {"id": "../../elsewhere", "offline": True, "steps": 1}, {"id": "abc", "steps": "many"}):
+        records.write_json(trained.path / tracking.FILE, damaged)
+        with pytest.raises(qk.KitError, match="names no W&B run"):
+            tested()
     (trained.path / tracking.FILE).unlink()
     assert tested() == 1
 
