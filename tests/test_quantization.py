@@ -326,12 +326,29 @@ def test_storage_of_a_plain_and_of_an_int8_model():
         quantization.storage(nn.Embedding(3, 4))
 
 
-def test_an_embedding_in_4_bits_is_counted_as_the_weights_it_stands_for():
-    model = nn.ModuleDict({"x": nn.Linear(64, 64, bias=False), "embedding": bnb.nn.Embedding4bit(30, 64)})
-    model = model.to("cpu")
-    measured = quantization.storage(model)
-    assert measured.linear_parameters == 64 * 64 and measured.parameters == 64 * 64 + 30 * 64
-    assert measured.bytes < 4 * 64 * 64 + 30 * 64
+def test_embeddings_in_4_bits_are_counted_as_the_weights_they_stand_for():
+    model = nn.ModuleDict({"x": nn.Linear(64, 64, bias=False)})
+    for name, rows in (("words", 3000), ("places", 500)):
+        model[name] = bnb.nn.Embedding4bit(rows, 64)
+    measured = quantization.storage(model.to("cpu"))
+    assert measured.linear_parameters == 64 * 64 and measured.parameters == 64 * 64 + 3500 * 64
+    # Half a byte a weight, 4 for the scale of 64, and the codebook of each.
+    assert measured.bytes == 4 * 64 * 64 + 3500 * (32 + 4) + 2 * 16 * 4
+
+
+def test_each_kind_of_linear_layer_is_told_apart_and_others_are_none():
+    from transformers.pytorch_utils import Conv1D
+
+    int4 = quantize_linears_(nn.Sequential(nn.Linear(64, 32)), Quantization("int4", False))[0]
+    for layer, quantized, size in (
+        (nn.Linear(64, 32), False, 4 * 64 * 32),
+        (Conv1D(32, 64), False, 4 * 64 * 32),
+        (bnb_layer(nn.Linear(64, 32), Quantization("nf4", False)), True, 32 * (32 + 4)),
+        (int4, True, 32 * (32 + 4)),
+    ):
+        found = quantization.linear_storage(layer)
+        assert (found.quantized, found.parameters, found.bytes) == (quantized, 64 * 32, size)
+    assert quantization.linear_storage(nn.Embedding(3, 4)) is None
 
 
 def test_a_shared_weight_is_counted_once():
