@@ -124,6 +124,11 @@ def test_a_plan_says_what_is_trained_how():
     ):
         first = str(memory.plan(one.override(changes), batch=1, length=8, device="T4")).splitlines()[0]
         assert words in first and "batch 1, length 8" in first and "with checkpointing, T4" in first
+    in_bf16 = memory.plan(one.override({"training.precision": "bf16"}), batch=1, length=8, device="H100")
+    assert in_bf16.precision == "bf16" and ", bf16, " in str(in_bf16)
+    # The head is told from the base where all is trained, too.
+    full = memory.plan(one.override({"quantization.scheme": "none", "lora": None}), batch=1, length=8, device="cpu")
+    assert full.parts["adapters and head"] == 4 * 77 * 1024
 
 
 def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
@@ -139,6 +144,10 @@ def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
     assert found["peak_bytes"] is None and found["reserved_bytes"] is None and found["parts"] == {}  # nobody watched
     assert memory.measure(experiment, batch=2, length=8, labels=3, steps=3, parts=False).losses == measured.losses
     plan = memory.plan(experiment, batch=2, length=8, labels=3, device="cpu")
+    found = plan.to_dict()
+    assert json.loads(json.dumps(found)) == found
+    assert (found["precision"], found["device"], found["phase"]) == ("fp32", "cpu", plan.phase)
+    assert found["parameters"] == {"trainable": plan.parameters[0], "all": plan.parameters[1]}
     (axes,) = plan.draw().axes
     drawn = sum(bar.get_width() for bar in axes.patches)
     assert drawn == pytest.approx(plan.total / MIB, rel=0.01)
@@ -190,7 +199,20 @@ def test_optimizer_state_is_counted_as_bitsandbytes_keeps_it():
     # Adapters of rank 16 are under 100,000 long: bitsandbytes pages none of their state.
     assert paged.paged == 0 and paged.parts["optimizer"] == eight.parts["optimizer"]
     big = optimizer("paged_adamw_32bit", lora__r=256)
-    assert big.paged > 0.9 * 8 * big.parameters[0]
+    assert big.paged == 8 * (big.parameters[0] - 78_848)  # the head's is under 100,000 long too
+
+
+def test_optimizers_with_less_state_are_counted_so():
+    def optimizer(name: str) -> memory.Plan:
+        return memory.plan(shaped(training__optimizer=name, model__layers=2), batch=1, length=8, device="cpu")
+
+    # Of each matrix Adafactor keeps the sums of rows and of columns; these are A and B of c_attn and both c_proj.
+    rows_and_columns = 2 * sum(
+        a + b for a, b in [(16, 1024), (3072, 16), (16, 1024), (1024, 16), (16, 4096), (1024, 16)]
+    )
+    found = optimizer("adafactor")
+    assert found.parts["optimizer"] == 4 * (rows_and_columns + 77 + 1024) and found.paged == 0
+    assert "optimizer" not in optimizer("sgd").parts
 
 
 # --- CUDA's allocator -------------------------------------------------------------------------------------------
@@ -280,6 +302,7 @@ def test_the_crossing_lies_between_two_models():
     )
     (limit,) = found["limits"]
     first, second = found["rows"]
+    assert found["device_bytes"] == small.bytes
     assert first["fits"] and not second["fits"]
     assert first["parameters"] < limit["parameters"] < second["parameters"]
     assert second["parameters"] == pytest.approx(1.034e9, rel=0.01)  # 1.1 B less the language model's head
