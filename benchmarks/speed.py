@@ -35,6 +35,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,19 @@ def race_all(options: argparse.Namespace) -> int:
         for batch in options.batches:
             for precision in options.precisions:
                 # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
-                rows = [{**row, "environment": environment} for row in race(options, model, precision, batch)]
+                before_race = result["rows"]
+                for rows in race(options, model, precision, batch):
+                    result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
+                    records.write_json(out, result)  # what is measured is kept, whatever happens next
                 limits = [limit(model, method, precision, batch) for method in options.methods]
-                result["rows"], result["limit"] = merged(result["rows"], rows), merged(result["limit"], limits)
-                records.write_json(out, result)  # what is measured is kept, whatever happens to the next field
+                result["limit"] = merged(result["limit"], limits)
+                records.write_json(out, result)
     plots.save(plots.speed(result["rows"], result["limit"]), out.parent, out.stem)
     print(f"written: {options.out}")
     return 0
 
 
+PROFILED = 5  # steps whose kernels are added up
 KEYS = ("model", "contender", "method", "precision", "batch", "device")
 
 
@@ -151,8 +156,8 @@ class Racer(Worker):
         print("{model} {method} {contender} {precision} batch {batch}: ".format(**self.key) + str(ready), flush=True)
 
 
-def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> list[dict[str, Any]]:
-    """Let all contenders of one model, precision and batch take turns."""
+def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> Iterator[list[dict[str, Any]]]:
+    """Let all contenders of one model, precision and batch take turns; after each repeat, yield the rows so far."""
     import torch
 
     racers = []
@@ -176,22 +181,23 @@ def race(options: argparse.Namespace, model: str, precision: str, batch: int) ->
             report = racer.ask("go")
             if racer.problem is None:
                 racer.times.append(report)
-        print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
-        for racer in able:
-            if racer.problem is not None:
+            else:
                 print("{method} {contender} stopped: ".format(**racer.key) + racer.problem, flush=True)
+        print(f"repeat {repeat + 1} of {options.repeats}", flush=True)
         able = [racer for racer in able if racer.problem is None]
-    rows = [row_of(racer, options.repeats) for racer in racers]
+        yield [row_of(racer, {}) for racer in racers]
+    ends = [racer.ask("end") if racer.problem is None else {} for racer in racers]
+    for racer in racers:
+        racer.stop()
+    rows = [row_of(racer, end) for racer, end in zip(racers, ends, strict=True)]
     for row in rows:
         if row["samples_per_second"]:
             print("{method} {contender} {precision} batch {batch}: {samples_per_second:.1f} samples/s".format(**row))
-    return rows
+    yield rows
 
 
-def row_of(racer: Racer, repeats: int) -> dict[str, Any]:
-    """Put a row together: medians over the repeats, and what the process tells when it ends."""
-    end = racer.ask("end") if racer.problem is None else {}
-    racer.stop()
+def row_of(racer: Racer, end: dict[str, Any]) -> dict[str, Any]:
+    """Put a row together: medians over the repeats, and what the process told when it ended."""
     rates = [time["samples"] / time["seconds"] for time in racer.times]
     median = statistics.median
     return {
@@ -208,7 +214,7 @@ def row_of(racer: Racer, repeats: int) -> dict[str, Any]:
         "start_seconds": racer.start.get("start_seconds"),
         "optimizer": racer.start.get("optimizer"),
         "problem": racer.problem,
-        "repeats": repeats,
+        "repeats": len(racer.times),
         "device": racer.start.get("device"),
     }
 
@@ -278,13 +284,13 @@ def turns(steps: int) -> Any:
                 self.turn(control, {"start_seconds": time.perf_counter() - BORN, **self.about})
                 return
             self.done += 1
-            if self.done < steps:
+            if self.done < (steps if self.profiler is None else min(steps, PROFILED)):
                 return
             wait()
             seconds = time.perf_counter() - self.began
             if self.profiler is not None:
                 self.profiler.__exit__(None, None, None)
-                device = sum(e.self_device_time_total for e in self.profiler.key_averages()) / 1e6 / steps
+                device = sum(e.self_device_time_total for e in self.profiler.key_averages()) / 1e6 / self.done
                 report({"device_seconds": device, **peak_memory()})
                 control.should_training_stop = True
                 return

@@ -10,6 +10,7 @@ and so are gradients. Loss scale and random numbers live on the GPU and differ f
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -63,7 +64,7 @@ class Graphs:
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._seen: set[tuple[Any, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capturing_stream(device)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -94,6 +95,32 @@ class Graphs:
         known.graph.replay()
         # The next replay of any graph writes over these.
         return tree_map_only(torch.Tensor, torch.Tensor.clone, known.outputs)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Any]) -> Any:
+        """Capture a piece of work on the current stream; what fails leaves the device as it was."""
+        # Other threads (pinning memory, logging) may go on as they like.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            outputs = work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of the capture that the error made invalid
+                graph.capture_end()
+            self._leave_capture()
+            raise
+        try:
+            graph.capture_end()
+        except BaseException:
+            self._leave_capture()
+            raise
+        return outputs
+
+    def _leave_capture(self) -> None:
+        # `capture_end` stops at the first error that it finds, before it has told the allocator and the generator that
+        # nothing is captured any more (torch 2.13, ATen/cuda/CUDAGraph.cpp); each of them would refuse to work.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+        fresh = torch.Generator(self.device)
+        _default_generator(self.device).graphsafe_set_state(fresh.graphsafe_get_state())
 
     def _moved(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
@@ -134,12 +161,7 @@ class Graphs:
                 # A collection in the middle could free another graph, which no capture survives.
                 gc.disable()
                 with _random_states(graph, self.device, count() if warm_up else 0):
-                    # Other threads (pinning memory, logging) may go on as they like.
-                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                    try:
-                        outputs = work(dict(held))
-                    finally:
-                        graph.capture_end()
+                    outputs = self._record(graph, lambda: work(dict(held)))
         except Exception as error:
             self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             logger.warning("This step cannot be captured as a CUDA graph (%s); steps run eagerly.", self.problem)
@@ -201,6 +223,12 @@ class Gradients:
         norm = torch.linalg.vector_norm(self.flat)
         self.flat.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
+
+
+@functools.cache
+def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all: cuBLAS keeps a workspace of up to 64 MiB for each stream that it has ever seen.
+    return torch.cuda.Stream(device)
 
 
 def _key(kind: str, inputs: Inputs) -> tuple[Any, ...]:
@@ -312,9 +340,14 @@ def _checkpoints_counted() -> Iterator[Callable[[], int]]:
     yield lambda: _randomness.asked - before
 
 
+def _default_generator(device: torch.device) -> torch.Generator:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
 @contextlib.contextmanager
 def _random_states(graph: torch.cuda.CUDAGraph, device: torch.device, layers: int) -> Iterator[None]:
-    generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
+    generator = _default_generator(device)
     pairs = []
     for layer in range(layers):
         first = generator.clone_state()
@@ -331,7 +364,7 @@ def _random_states(graph: torch.cuda.CUDAGraph, device: torch.device, layers: in
 
 @contextlib.contextmanager
 def _drawing_from(generator: torch.Generator) -> Iterator[None]:
-    default = torch.cuda.default_generators[generator.device.index]
+    default = _default_generator(generator.device)
     own = default.graphsafe_get_state()
     default.graphsafe_set_state(generator)
     try:

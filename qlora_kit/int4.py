@@ -408,17 +408,19 @@ def quantize_linears_(
     skipped = [f".{name}." for name in skip_modules]
     shared = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     found = [
-        (name, module)
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and not isinstance(module, Int4Linear)
         and shared[id(module.weight)] == 1
         and not any(skip in f".{name}." for skip in skipped)
     ]
-    if not found or not found[0][0]:
+    if not found or not found[0]:
         raise KitError("the model has no linear layer inside that could be quantized")
-    for name, module in found:
-        model.set_submodule(name, Int4Linear.from_module(module, spec, compute_dtype))
+    for name in found:  # each is let go before the next is made
+        plain: Any = model.get_submodule(name)
+        model.set_submodule(name, Int4Linear.from_module(plain, spec, compute_dtype))
+        del plain
     return model
 
 

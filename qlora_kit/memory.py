@@ -266,7 +266,9 @@ def _run(experiment: Experiment, model: nn.Module, batch: int, length: int, wher
         step.hold_weights()
         paged = step.hold_optimizer()
         step.run(_batch(batch, length), stage.autocast())
-    return _plan_of(experiment, batch, length, where, precision, tape, paged, models.trainable_parameters(model))
+    return _plan_of(
+        experiment, batch, length, where, precision, tape, paged, models.trainable_parameters(model), step.graphs
+    )
 
 
 def _plan_of(
@@ -278,11 +280,14 @@ def _plan_of(
     tape: Tape,
     paged: int,
     parameters: tuple[int, int],
+    captured: bool,
 ) -> Plan:
     peak = replay(tape.events, caching=where.kind == "cuda")
     parts, details = _sum_up(peak)
-    if where.cublas:
-        parts["cuBLAS"] = where.cublas
+    # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
+    cublas = where.cublas * (2 if captured else 1)
+    if cublas:
+        parts["cuBLAS"] = cublas
     return Plan(
         experiment=experiment,
         batch=batch,
@@ -291,7 +296,7 @@ def _plan_of(
         precision=precision,
         parts=parts,
         total=sum(parts.values()),
-        reserved=peak.reserved + where.cublas,
+        reserved=peak.reserved + cublas,
         paged=paged,
         phase=peak.phase,
         details=details,

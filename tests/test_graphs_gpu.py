@@ -51,7 +51,8 @@ def test_fifty_steps_as_graphs_are_those_of_eager_steps(
                                      {"lora": None, "quantization__scheme": "none"}])  # fmt: skip
 def test_other_ways_of_training_are_those_of_eager_steps(topics, tiny_experiment, tmp_path, changes):
     rate = {"training__learning_rate": 1e-4} if "lora" in changes else {}
-    settings = {"training__precision": "bf16", "model__dropout": 0.0, **LONG, **rate}
+    # fp16: in bf16 one flip of a last bit is 0.4% of a logit.
+    settings = {"training__precision": "fp16", "model__dropout": 0.0, **LONG, **rate}
     if "lora" not in changes:
         settings["lora__dropout"] = 0.0
     experiment = tiny_experiment("gpt2", **settings).override({k.replace("__", "."): v for k, v in changes.items()})

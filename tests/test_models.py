@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, DIALOGPT, ENCODERS
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import qlora_kit as qk
 from qlora_kit import models, records
 from qlora_kit._bnb import bnb
 from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec
+from qlora_kit.quantization import Quantization
 
 CPU = torch.device("cpu")
 LABELS = ["a", "b", "c"]
@@ -483,3 +486,28 @@ def test_class_means_are_refused_for_a_decoder_that_pools_its_last_token(tiny_ex
     experiment = tiny_experiment("gpt2", model__head="cosine", model__head_init="class_means")
     with pytest.raises(qk.KitError, match=r"needs model\.pooling: mean"):
         models.build(experiment, ["a", "b"], pad_token_id=0)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int4"])
+def test_a_layer_is_let_go_before_the_next_is_quantized(tiny_experiment, monkeypatch, scheme):
+    """Or 7 B weights would be in memory in 16 bits and in 4 at once, which 15 GiB do not hold."""
+    from qlora_kit import int4
+
+    model = transformers.AutoModel.from_config(models.load_config(tiny_experiment("gpt2").model))
+    alive = [weakref.ref(module) for _, module in model.named_modules() if isinstance(module, Conv1D)]
+    counts = []
+
+    def counted(make):
+        def wrapper(*args, **kwargs):
+            counts.append(sum(reference() is not None for reference in alive))
+            return make(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(models, "_four_bit", counted(models._four_bit))
+    monkeypatch.setattr(int4.Int4Linear, "from_module", staticmethod(counted(int4.Int4Linear.from_module)))
+    if scheme == "int4":
+        int4.quantize_linears_(model, Quantization(scheme), ())
+    else:
+        models.quantize_with_bitsandbytes_(model, Quantization(scheme), (), torch.float32)
+    assert counts == list(range(len(alive), 0, -1))

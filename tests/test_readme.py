@@ -83,5 +83,6 @@ def _numbers(node):
             yield from _numbers(value)
     elif isinstance(node, (int, float)) and not isinstance(node, bool):
         yield float(node)
+        yield 100 * float(node)
         yield float(node) / 60
         yield float(node) / 2**20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,8 @@ def test_optimizers_train_and_resume(topics, tiny_experiment, tmp_path, optimize
 def test_checkpointing_saves_memory_and_changes_no_loss(topics, tiny_experiment, tmp_path):
     seen = {}
     for on in (False, True):
+        gc.collect()  # what earlier runs left
+        torch.cuda.empty_cache()
         experiment = tiny_experiment("llama", training__gradient_checkpointing=on, lora__dropout=0.0)
         run = qk.finetune(experiment, data=topics, out=tmp_path / str(on), progress=False)
         seen[on] = [entry["loss"] for entry in run.training["losses"]], run.training["memory"]["peak_bytes"]
