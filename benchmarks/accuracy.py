@@ -352,8 +352,13 @@ def figure(result: dict[str, Any]) -> Any:
     """Draw the scores of `results/accuracy.json`."""
     from qlora_kit import plots
 
+    def place(row: Mapping[str, Any]) -> tuple[bool, int]:
+        # The default model before others; a CPU, which everybody has, before a GPU.
+        name = row["preset"]
+        return "GPU" in row["device"] or "NVIDIA" in row["device"], DEFAULT.index(name) if name in DEFAULT else 99
+
     scores: dict[str, list[float]] = {}
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=place):
         name = row["preset"].replace("_banking77", "").replace("_", " ")
         scores.setdefault(f"{name}, {plots.short_device(row['device'])}", []).append(row["f1_macro"])
     names = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}

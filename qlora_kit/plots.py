@@ -460,6 +460,7 @@ def accuracy(contenders: Mapping[str, Sequence[float]], baselines: Mapping[str, 
         axes.annotate(
             f"{_cut(name, 30)}  {score:.4f}", (score, bottom + 0.4 * place), (5 if right else -5, 0),
             textcoords="offset points", ha="left" if right else "right", va="center", fontsize=11, color=ORANGE,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over another baseline's line
         )  # fmt: skip
     axes.set_xlim(min(everything) - 0.05 * room, max(everything) + 0.1 * room)
     axes.set_ylim(bottom + 0.4 * len(baselines), -0.8)
