@@ -97,9 +97,8 @@ def race_all(options: argparse.Namespace) -> int:
     out = Path(options.out)
     before = records.read_json(out) if options.append and out.is_file() else {"rows": [], "limit": []}
     environment = records.environment(models.default_device())
-    command = "; ".join(
-        [*filter(None, [before.get("command")]), " ".join(["python benchmarks/speed.py", *sys.argv[1:]])]
-    )
+    now = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
+    command = "; ".join(dict.fromkeys([*before.get("command", now).split("; "), now]))
     result = {
         "schema": records.SCHEMA,
         "environment": environment,

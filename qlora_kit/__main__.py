@@ -336,9 +336,10 @@ def _finetune(options: argparse.Namespace) -> int:
     spec = _experiment(options)
     if options.name is not None:
         experiment.safe_name("run", options.name)
-    from .training import finetune
+    from .training import EpochLines, finetune
 
-    run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet)
+    lines = [] if options.quiet else [EpochLines()]
+    run = finetune(spec, out=options.out, name=options.name, progress=not options.quiet, callbacks=lines)
     print(run.path)
     return 0
 

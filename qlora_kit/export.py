@@ -395,7 +395,7 @@ def zip_results(out: str | Path, to: str | Path | None = None) -> Path:
         to: The zip; by default `OUT.zip` beside the folder. One that is there is replaced.
 
     Returns:
-        The zip. Checkpoints, W&B's folder and the user's data rows are left out.
+        The zip. Checkpoints, W&B's folder, the user's data rows and symbolic links are left out.
 
     Raises:
         KitError: When there is no such folder or nothing in it.
@@ -407,7 +407,9 @@ def zip_results(out: str | Path, to: str | Path | None = None) -> Path:
     files = [
         file
         for file in sorted(folder.rglob("*"))
+        # A link in a stranger's folder may lead to what nobody wanted to hand on.
         if file.is_file()
+        and not file.is_symlink()
         and not any(part in NOT_ZIPPED or part.startswith(".") for part in file.relative_to(folder).parts)
         and file.resolve() != target.resolve()
     ]

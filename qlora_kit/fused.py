@@ -206,7 +206,7 @@ def fuse_(model: nn.Module) -> nn.Module:
         module.forward = functools.partial(_forward, module, module.forward, casts)
     adapted = {id(layer.get_base_layer()) for layer in layers}
     others: list[Any] = [m for m in model.modules() if type(m) is bnb.nn.Linear4bit and id(m) not in adapted]
-    for other in others:
+    for other in filter(_frozen, others):
         other.forward = functools.partial(_frozen_forward, other, other.forward)
     return model
 
@@ -223,8 +223,16 @@ def _plain(layer: Any) -> bool:
     base = layer.get_base_layer()
     # The layers of 4 bits are nn.Linear too.
     return (
-        isinstance(base, (nn.Linear, Conv1D)) and not isinstance(base, bnb.nn.Linear8bitLt) and not layer.lora_variant
+        isinstance(base, (nn.Linear, Conv1D))
+        and not isinstance(base, bnb.nn.Linear8bitLt)
+        and not layer.lora_variant
+        and _frozen(base)
     )
+
+
+def _frozen(base: nn.Module) -> bool:
+    # With `lora.bias` other than none its bias is trained, to which the functions here give no gradient.
+    return not any(parameter.requires_grad for parameter in base.parameters())
 
 
 def _forward(layer: Any, theirs: Any, casts: _Casts, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -91,9 +91,15 @@ def dequantize_plain(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     return values[:size].to(dtype)
 
 
+# What Triton says it supports; on a T4 (7.5) torch's and bitsandbytes' own kernels do.
+TRITON_CAPABILITY = (8, 0)
+
+
 @functools.cache
 def triton_kernel() -> Any:
     """Return `four_bit_triton.dequantize`; None where there is no Triton (Windows) or it cannot compile."""
+    if torch.cuda.get_device_capability() < TRITON_CAPABILITY:
+        return None
     try:
         from . import four_bit_triton
 

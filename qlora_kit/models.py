@@ -30,6 +30,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from transformers.activations import NewGELUActivation
@@ -1223,6 +1224,10 @@ def forward_texts(
     rows: list[np.ndarray | None] = [None] * len(ids)
     model.eval()
     pad = collator(tokenizer.pad_token_id, max_length=max_length, edges=BUCKET_EDGES if device.type == "cuda" else None)
+    # A graph is of what was done when it was captured: with these adapters, on or off.
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    adapters = (layer.active_adapters, layer.disable_adapters, layer.merged_adapters) if layer is not None else ()
+    kind = f"forward {precision} {states} {adapters}"
     replayed = graphs.of(model, device) if device.type == "cuda" and not graphs.asks_the_host(model) else None
 
     def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -1239,7 +1244,7 @@ def forward_texts(
             else:
                 few = min(batch_size, 1 << (len(chosen) - 1).bit_length())  # a power of two: few shapes
                 batch = graphs.filled(batch, few)
-                result = replayed.run(f"forward {precision} {states}", work, batch)[: len(chosen)]
+                result = replayed.run(kind, work, batch)[: len(chosen)]
             for row, values in zip(chosen, result.float().cpu().numpy(), strict=True):
                 rows[row] = values
             bar.update(len(chosen))

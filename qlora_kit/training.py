@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from . import _bnb  # noqa: F401  # isort: skip
 import numpy as np
 import peft
 import torch
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, PrinterCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from . import cards, checkpoints, evaluation, graphs, models, records, tracking
 from .data import BUCKET_EDGES, LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
@@ -64,6 +66,8 @@ class KitTrainer(Trainer):
         if self.args.disable_tqdm:
             # Without bars the Trainer prints every log entry instead.
             self.remove_callback(PrinterCallback)
+        elif self.pop_callback(ProgressCallback) is not None:  # None in a notebook, which has a table of its own
+            self.add_callback(_Bars())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order if self.order is not None else super()._get_train_sampler(train_dataset)
@@ -360,8 +364,17 @@ class _Meter(TrainerCallback):
             )
 
 
+class _Bars(ProgressCallback):
+    """transformers' bars with the newest loss beside them, where it has a line for each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if self.training_bar is not None and loss is not None:
+            self.training_bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+
 class EpochLines(TrainerCallback):
-    """Prints one line an epoch, for logs and terminals that show no progress bar."""
+    """Prints one line an epoch, above the bars where there are any."""
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
@@ -378,7 +391,8 @@ class EpochLines(TrainerCallback):
         if speed is not None and speed["step"] == state.global_step:
             words.append(f"{speed['samples_per_second']:.1f} samples/s, {speed['tokens_per_second']:.0f} tokens/s")
             words.append(f"peak {speed['peak_bytes'] / 2**20:,.0f} MiB")
-        print("; ".join(words), flush=True)
+        tqdm.write("; ".join(words), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:
@@ -537,7 +551,7 @@ def finetune(
     name: str | None = None,
     resume: bool = True,
     progress: bool = True,
-    callbacks: list[TrainerCallback] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
     """Fine-tune an experiment's model and keep everything that belongs to it in a run folder.
 
@@ -593,7 +607,7 @@ def finetune(
                 trainer = _trainer(
                     experiment, model, tokenizer, data, tokens, folder, device, precision, bool(tracked_run), progress
                 )
-                for callback in callbacks or []:
+                for callback in callbacks:
                     trainer.add_callback(callback)
                 train_started = time.perf_counter()
                 checkpoint = checkpoints.newest_whole(folder / "checkpoints")

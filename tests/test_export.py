@@ -218,11 +218,14 @@ def test_results_go_into_one_zip_without_checkpoints_and_rows(trained, tmp_path)
     (tmp_path / "runs" / "wandb").mkdir(exist_ok=True)
     (tmp_path / "runs" / "wandb" / "log").write_text("x")
     (tmp_path / "runs" / "02_finetune.json").write_text("{}")
+    (tmp_path / "private").write_text("a key")
+    (tmp_path / "runs" / "figure.png").symlink_to(tmp_path / "private")  # planted by whoever made the folder
     made = qk.zip_results(tmp_path / "runs")
     assert made == tmp_path / "runs.zip"
     names = zipfile.ZipFile(made).namelist()
     assert "runs/02_finetune.json" in names and "runs/tiny_bert_seed0/training.json" in names
     assert not [name for name in names if {"checkpoints", "wandb", "data"} & set(name.split("/")) or "/." in name]
+    assert "runs/figure.png" not in names
     with zipfile.ZipFile(qk.zip_results(tmp_path / "runs", tmp_path / "runs" / "again.zip")) as archive:
         assert archive.namelist() == names
         assert json.loads(archive.read("runs/02_finetune.json")) == {}

@@ -44,6 +44,42 @@ def test_a_step_is_that_of_peft(name, scheme, dropout, tiny_experiment):
     assert any(gradient.abs().max() > 0 for key, gradient in gradients.items() if "lora_A" in key)
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int4"])
+def test_frozen_layers_without_an_adapter_compute_as_theirs_do(scheme, tiny_experiment):
+    experiment = tiny_experiment("gpt2", quantization__scheme=scheme, lora__target_modules=["c_attn"])
+    logits, gradients = step(experiment)
+    peft_logits, peft_gradients = step(experiment, fused=False)
+    assert torch.allclose(logits, peft_logits, rtol=1e-5, atol=1e-6)
+    for key, gradient in gradients.items():
+        assert torch.allclose(gradient, peft_gradients[key], rtol=1e-4, atol=1e-7), key
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_get_their_gradient(bias, tiny_experiment):
+    experiment = tiny_experiment("gpt2", lora__bias=bias, lora__target_modules=["c_attn"], lora__dropout=0.0)
+    gradients, peft_gradients = step(experiment)[1], step(experiment, fused=False)[1]
+    biases = [key for key in gradients if key.endswith("bias") and "attn" in key]
+    assert biases and gradients.keys() == peft_gradients.keys()
+    for key in gradients:
+        assert (gradients[key] is None) == (peft_gradients[key] is None), key
+        assert gradients[key] is None or torch.allclose(gradients[key], peft_gradients[key], rtol=1e-4, atol=1e-7), key
+    assert all(gradients[key].abs().max() > 0 for key in biases)
+
+
+def test_weights_that_change_between_steps_are_cast_anew(tiny_experiment):
+    model = models.build(tiny_experiment("bert", lora__dropout=0.0), list("abcd"), pad_token_id=0)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
+    x = torch.randn(5, layer.in_features)
+    seen = []
+    for value in (0.0, 0.3):
+        with torch.no_grad():
+            layer.lora_B["default"].weight.data.fill_(value)  # by `data`, which no version counts
+        with models.computing(torch.device("cpu"), "bf16"):
+            seen.append((model(**BATCH).logits, layer(x)))  # in the model's forward pass, and by itself
+    (before, alone), (after, alone_after) = seen
+    assert not torch.allclose(before, after) and not torch.allclose(alone, alone_after)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_in_bf16_it_is_as_near_to_fp32_as_peft_is(name, tiny_experiment):
     experiment = tiny_experiment(name, lora__dropout=0.0)

@@ -130,6 +130,11 @@ def test_predictions_as_graphs_are_those_of_eager_passes(topics, tiny_experiment
     assert np.allclose(run.predict(texts, batch_size=1).logits, first, atol=1e-2)
     model, _ = run.load()
     assert len(graphs.of(model, models.default_device())) > 0
+    with model.disable_adapter():
+        plain = run.predict(texts).logits
+        assert not np.allclose(plain, first, atol=1e-2)
+        assert np.allclose(run.predict(texts).logits, plain, atol=1e-2)
+    assert np.allclose(run.predict(texts).logits, first, atol=1e-2)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
