@@ -153,6 +153,23 @@ def test_a_measurement_and_a_plan_as_json_and_as_a_figure(tiny_experiment):
     assert drawn == pytest.approx(plan.total / MIB, rel=0.01)
 
 
+def test_captured_steps_keep_their_gradients_and_a_workspace_of_their_own():
+    changes = {"training__gradient_checkpointing": False, "model__layers": 2}
+    eager, captured = (memory.plan(shaped(**changes, training__graphs=g), device="H100") for g in ("none", "auto"))
+    held = captured.parts["gradients"] - eager.parts.get("gradients", 0)
+    assert 4 * captured.parameters[0] <= held <= 4 * captured.parameters[0] + 128 * 20  # padded to 128 bytes each
+    assert captured.parts["cuBLAS"] == 2 * eager.parts["cuBLAS"]
+    # Other pieces of memory are taken, and what is not split off them counts.
+    assert captured.parts["activations"] == pytest.approx(eager.parts["activations"], rel=0.01)
+    # Where nothing is captured, nothing is held: 8-bit layers, and a CPU.
+    for more, device in (({"quantization__scheme": "int8"}, "H100"), ({}, "cpu")):
+        first, second = (
+            memory.plan(shaped(**changes, **more, training__graphs=g), length=16, device=device).total
+            for g in ("none", "auto")
+        )
+        assert first == second
+
+
 def test_lean_is_the_same_mathematics_with_less_kept(tiny_experiment):
     plain = tiny_experiment("gpt2", quantization__scheme="none", training__precision="fp32")
     lean = plain.override({"model.lean": True})
