@@ -338,7 +338,7 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
     kind = "max_length" if contender == "recipe" else "longest"
     few = ours or contender == "compiled_graphs"
-    edges = training.edges_of(device) if few else None
+    edges = data.edges_of(device) if few else None
     collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length, edges=edges)
     if ours:
         spec = experiment.training

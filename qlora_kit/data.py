@@ -508,6 +508,11 @@ def bucket_width(length: int, edges: Sequence[int] = BUCKET_EDGES) -> int:
     return next((edge for edge in edges if edge >= length), length)
 
 
+def edges_of(device: torch.device) -> tuple[int, ...] | None:
+    """Return the widths that batches are padded to on a device: CUDA graphs have fixed shapes; None for any."""
+    return BUCKET_EDGES if device.type == "cuda" else None
+
+
 class LengthBatchSampler:
     """Order of the rows of an epoch in which each `batch_size` consecutive rows have like lengths.
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from .int4 import Stored
 from .quantization import NESTED_BLOCK_SIZE
 
-# What a program writes, and its warps: the fastest on an H100 for weights of 1 to 16 million.
+# What a program writes, and its warps: on an H100 as fast as any that was tried, for weights of 1 to 4 million.
 ELEMENTS, WARPS = 2048, 4
 
 

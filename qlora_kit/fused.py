@@ -28,6 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from .flat import side_by_side
 from .int4 import Int4Linear, Stored, triton_kernel
 from .quantization import NESTED_BLOCK_SIZE
 
@@ -53,10 +54,8 @@ class _AdaptedProduct(torch.autograd.Function):
         dropout: float,
         base: nn.Module,
     ) -> torch.Tensor:
-        dtype = rows.dtype
         adapted, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        bias: Any = base.bias
-        out = nn.functional.linear(rows, dense_weight(base, dtype), None if bias is None else bias.to(dtype))
+        out = _base_product(rows, base)
         low = _scaled_product(adapted, low_a.T, scaling)
         out.addmm_(low, low_b.T)
         ctx.save_for_backward(adapted, kept, low, low_a, low_b)
@@ -89,8 +88,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
         ctx.base, ctx.dtype, ctx.shape, ctx.given = base, rows.dtype, x.shape, x.dtype
-        bias: Any = base.bias
-        out = nn.functional.linear(rows, dense_weight(base, rows.dtype), None if bias is None else bias.to(rows.dtype))
+        out = _base_product(rows, base)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -98,6 +96,11 @@ class _FrozenProduct(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
         grad_x = gradient @ dense_weight(ctx.base, ctx.dtype)
         return grad_x.view(ctx.shape).to(ctx.given), None, None
+
+
+def _base_product(rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
+    bias: Any = base.bias
+    return nn.functional.linear(rows, dense_weight(base, rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
 def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -174,12 +177,7 @@ class _Casts:
 
     def _make(self, dtype: torch.dtype) -> dict[int, torch.Tensor]:
         alike = [weight for weight in self.weights if weight.device == self.weights[0].device and weight.dtype != dtype]
-        sizes = [-(-weight.numel() // 64) * 64 for weight in alike]  # aligned, for the kernels that read them
-        flat = torch.empty(sum(sizes), dtype=dtype, device=alike[0].device)
-        places = [sum(sizes[:i]) for i in range(len(sizes))]
-        made = [
-            flat.as_strided(weight.shape, weight.stride(), place) for weight, place in zip(alike, places, strict=True)
-        ]
+        _, made = side_by_side(alike, dtype)
         with torch.no_grad():
             torch._foreach_copy_(made, alike)
         return {id(weight): cast for weight, cast in zip(alike, made, strict=True)}

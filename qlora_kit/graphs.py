@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 import logging
 import time
 import weakref
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ._bnb import bnb  # isort: skip
 import torch
 from torch.utils._pytree import tree_map_only
+
+from .flat import side_by_side
 
 if TYPE_CHECKING:
     from .experiment import TrainingSpec
@@ -84,11 +85,10 @@ class Graphs:
         key = _key(kind, inputs)
         known = self._captured.get(key)
         if known is None:
-            if self.problem is not None or key not in self._seen:
-                self._seen.add(key)
-                return work(self._moved(inputs))
-            if not self._capture(key, work, inputs):
-                return work(self._moved(inputs))
+            again = key in self._seen
+            self._seen.add(key)
+            if self.problem is not None or not again or not self._capture(key, work, inputs):
+                return work({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
             known = self._captured[key]
         for name, held in known.inputs.items():
             held.copy_(inputs[name], non_blocking=True)
@@ -118,12 +118,9 @@ class Graphs:
         # `capture_end` stops at the first error that it finds, before it has told the allocator and the generator that
         # nothing is captured any more (torch 2.13, ATen/cuda/CUDAGraph.cpp); each of them would refuse to work.
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self._pool)
+            torch._C._cuda_endAllocateToPool(_index(self.device), self._pool)
         fresh = torch.Generator(self.device)
         _default_generator(self.device).graphsafe_set_state(fresh.graphsafe_get_state())
-
-    def _moved(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
     def prepare(self, kind: str, work: Work, shapes: Iterable[Inputs]) -> None:
         """Capture graphs ahead of their first use: hand over the largest inputs first.
@@ -189,12 +186,8 @@ class Gradients:
     def __init__(self, trained: Sequence[torch.nn.Parameter]) -> None:
         self.trained = list(trained)
         self.twice = sum(weight.numel() for weight in self.trained) <= MOST_HELD_TWICE
-        sizes = [-(-weight.numel() // 32) * 32 for weight in self.trained]  # aligned, for the kernels that read them
-        self.flat = torch.zeros(sum(sizes), dtype=self.trained[0].dtype, device=self.trained[0].device)
-        places = [0, *itertools.accumulate(sizes)]
-        self.parts = [
-            self.flat.as_strided(w.shape, w.stride(), place) for w, place in zip(self.trained, places, strict=False)
-        ]
+        self.flat, self.parts = side_by_side(self.trained, self.trained[0].dtype)
+        self.flat.zero_()
         for weight, part in zip(self.trained, self.parts, strict=True):
             weight.grad = part
 
@@ -282,12 +275,14 @@ def filled(inputs: Inputs, rows: int) -> dict[str, torch.Tensor]:
     return made
 
 
-def attending() -> Any:
-    """Return a context that leaves cuDNN's attention out.
+def attending(device: torch.device) -> Any:
+    """Return a context that leaves cuDNN's attention out, and on other devices none.
 
     cuDNN makes a plan for each shape, which takes longer than capturing the whole step; at the lengths of short texts
     torch's own kernels are as fast.
     """
+    if device.type != "cuda":
+        return contextlib.nullcontext()
     kernels = torch.nn.attention.SDPBackend
     return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
@@ -340,9 +335,12 @@ def _checkpoints_counted() -> Iterator[Callable[[], int]]:
     yield lambda: _randomness.asked - before
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _default_generator(device: torch.device) -> torch.Generator:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[index]
+    return torch.cuda.default_generators[_index(device)]
 
 
 @contextlib.contextmanager

@@ -1217,13 +1217,13 @@ def forward_texts(
     """
     from tqdm.auto import tqdm
 
-    from .data import BUCKET_EDGES, collator, tokenize
+    from .data import collator, edges_of, tokenize
 
     ids = tokenize(tokenizer, texts, max_length, too_long)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     rows: list[np.ndarray | None] = [None] * len(ids)
     model.eval()
-    pad = collator(tokenizer.pad_token_id, max_length=max_length, edges=BUCKET_EDGES if device.type == "cuda" else None)
+    pad = collator(tokenizer.pad_token_id, max_length=max_length, edges=edges_of(device))
     # A graph is of what was done when it was captured: with these adapters, on or off.
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
     adapters = (layer.active_adapters, layer.disable_adapters, layer.merged_adapters) if layer is not None else ()
@@ -1231,7 +1231,7 @@ def forward_texts(
     replayed = graphs.of(model, device) if device.type == "cuda" and not graphs.asks_the_host(model) else None
 
     def work(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        with graphs.attending():
+        with graphs.attending(device):
             return _pooled_states(model, batch) if states else model(**batch).logits
 
     bar = tqdm(total=len(ids), desc=progress, unit="text", disable=progress is None)

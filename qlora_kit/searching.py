@@ -489,10 +489,9 @@ class _Searcher(training.KitTrainer):
         self.best_epoch = experiment.training.keep_best
         self.space, self.data, self.tokenizer, self.folder = space, data, tokenizer, folder
         self.device = models.default_device()
-        self.lengths = [len(row) for row in tokens["train"]]
         super().__init__(
             spec=self.start.training,
-            lengths=self.lengths,
+            lengths=[len(row) for row in tokens["train"]],
             model_init=self.build,
             args=self.make_arguments(self.start),
             **training.trainer_data(self.start, tokenizer, data, tokens),

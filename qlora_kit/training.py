@@ -22,7 +22,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from . import cards, checkpoints, evaluation, graphs, models, records, tracking
-from .data import BUCKET_EDGES, LengthBatchSampler, TextData, TokenizedDataset, collator, load, tokenize
+from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, edges_of, load, tokenize
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
 from .records import Run
@@ -122,7 +122,7 @@ class KitTrainer(Trainer):
         step = super().training_step
         if self.graphs is None:
             # Around the backward pass too: a layer that runs again there must attend as it did before.
-            with self._attending():
+            with graphs.attending(self.args.device):
                 return step(model, inputs, num_items_in_batch)
         inputs = graphs.filled(inputs, self.spec.batch_size)
         # What a graph is made for besides its shapes: what the loss is divided by.
@@ -130,20 +130,19 @@ class KitTrainer(Trainer):
 
         def work(given: dict[str, torch.Tensor]) -> torch.Tensor:
             assert self.gradients is not None
-            with self._attending(), self.gradients.summed():
+            with graphs.attending(self.args.device), self.gradients.summed():
                 return step(model, given, given.pop("items", None))
 
+        items = _items(num_items_in_batch, self.args.device)
         if not self.prepared:
             self.prepared = True
-            self._prepare_graphs(kind, work, inputs, num_items_in_batch)
-        items = _items(num_items_in_batch, self.args.device)
+            self._prepare_graphs(kind, work, inputs, items)
         loss: torch.Tensor = self.graphs.run(kind, work, {**inputs, **items})
         return loss
 
-    def _prepare_graphs(self, kind: str, work: graphs.Work, inputs: Any, num_items_in_batch: Any) -> None:
+    def _prepare_graphs(self, kind: str, work: graphs.Work, inputs: graphs.Inputs, items: graphs.Inputs) -> None:
         """Capture a step for each width that the epochs have, the widest first, and say so."""
         assert self.graphs is not None and self.gradients is not None
-        items = _items(num_items_in_batch, self.args.device)
 
         def of_width(width: int) -> dict[str, torch.Tensor]:
             batch = {
@@ -185,7 +184,7 @@ class KitTrainer(Trainer):
         step = super().prediction_step
 
         def work(given: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
-            with self._attending():
+            with graphs.attending(self.args.device):
                 result: tuple[Any, Any, Any] = step(model, given, prediction_loss_only, ignore_keys)
             return result
 
@@ -194,9 +193,6 @@ class KitTrainer(Trainer):
         with torch.no_grad():
             result: tuple[Any, Any, Any] = self.graphs.run(f"prediction {prediction_loss_only}", work, inputs)
         return result
-
-    def _attending(self) -> Any:
-        return graphs.attending() if self.args.device.type == "cuda" else contextlib.nullcontext()
 
     # What follows the Trainer does at every step with a walk over every module of the model.
 
@@ -262,11 +258,6 @@ def order_of(spec: TrainingSpec, lengths: Sequence[int], device: torch.device) -
         device: Where. On CUDA few widths occur, so that a graph can be captured for each.
     """
     return LengthBatchSampler(lengths, spec.batch_size * spec.gradient_accumulation, spec.seed, edges=edges_of(device))
-
-
-def edges_of(device: torch.device) -> tuple[int, ...] | None:
-    """Return the widths that batches are padded to on a device: CUDA graphs have fixed shapes; None for any."""
-    return BUCKET_EDGES if device.type == "cuda" else None
 
 
 def _spare_the_host(model: Any, trained: list[torch.nn.Parameter], gradients: graphs.Gradients | None) -> None:
@@ -430,7 +421,6 @@ def _most_resident() -> int:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     import resource
-    import sys
 
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

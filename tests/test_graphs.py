@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qlora_kit as qk
-from qlora_kit import graphs, models, training
+from qlora_kit import flat, graphs, models, training
 from qlora_kit.experiment import TrainingSpec
 
 
@@ -38,6 +38,19 @@ def test_gradients_side_by_side_are_those_of_autograd_summed_and_clipped(max_nor
         assert torch.allclose(mine.grad, other.grad, rtol=1e-5, atol=1e-8)
     gradients.flat.zero_()
     assert not any(weight.grad.any() for weight in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_side_by_side_are_apart_and_aligned(dtype):
+    like = [torch.zeros(3, 5), torch.zeros(64), torch.zeros(()), torch.zeros(4, 6).T]
+    whole, parts = flat.side_by_side(like, dtype)
+    whole.zero_()
+    for number, (part, tensor) in enumerate(zip(parts, like, strict=True), start=1):
+        assert part.shape == tensor.shape and part.stride() == tensor.stride() and part.dtype == dtype
+        assert part.storage_offset() * part.element_size() % flat.ALIGNMENT == 0
+        part.fill_(number)
+    assert all((part == number).all() for number, part in enumerate(parts, start=1))
+    assert int((whole != 0).sum()) == sum(tensor.numel() for tensor in like)
 
 
 def test_a_step_that_fails_leaves_the_gradients_where_they_were():
