@@ -312,6 +312,19 @@ def by_seed(first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, An
     return [row[key] - other[row["seed"]] for row in sorted(first, key=lambda r: r["seed"]) if row["seed"] in other]
 
 
+def of_one_model(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the curves of one model, that which most methods trained: beside another model's they tell no method's.
+
+    Args:
+        found: As `curves` returns them.
+    """
+    methods: dict[str, set[str]] = {}
+    for curve in found:
+        methods.setdefault(curve["model"], set()).add(curve["method"])
+    chosen = max(methods, key=lambda model: len(methods[model]), default=None)
+    return [curve for curve in found if curve["model"] == chosen]
+
+
 def roughness(curve: Mapping[str, Sequence[float | None]]) -> float | None:
     """Return how restless a run's gradient norms are: the mean of |ln(next / this)| from one log to the next.
 

@@ -371,6 +371,15 @@ def test_the_repositorys_records_are_read_and_judged(tmp_path, computed: dict[st
         claims.read("nowhere", tmp_path, computed=False)
 
 
+def test_curves_that_stand_beside_each_other_are_of_one_model():
+    def made(model: str, method: str) -> dict[str, Any]:
+        return {"model": model, "method": method}
+
+    found = [made("small", "qlora"), made("large", "qlora"), made("large", "qlora"), made("small", "full")]
+    assert claims.of_one_model(found) == [found[0], found[3]]
+    assert claims.of_one_model([]) == []
+
+
 def test_readme_says_what_the_reference_records_say(tmp_path, computed: dict[str, Any]):
     records = claims.read(ROOT / "results", tmp_path, computed=False)
     # Nobody's machine goes first, and no run of this one counts.
