@@ -69,6 +69,9 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=None)
     parser.add_argument("--steps", type=int, default=50, help="a repeat; group_by_length sorts 50 batches at a time")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--at-once", action="store_true", help="start all batches' contenders together, to compile at once"
+    )
     parser.add_argument("--out", default="results/speed.json")
     parser.add_argument("--append", action="store_true", help="keep the rows of --out that this command does not make")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
@@ -106,11 +109,13 @@ def race_all(options: argparse.Namespace) -> int:
         **{k: before[k] for k in ("rows", "limit")},
     }
     for model in options.models:
-        for batch in options.batches:
-            for precision in options.precisions:
-                # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
+        for precision in options.precisions:
+            fields: dict[int, list[Racer]] = {}
+            for batch in options.batches:
+                if batch not in fields:
+                    fields |= start(options, model, precision, options.batches if options.at_once else [batch])
                 before_race = result["rows"]
-                for rows in race(options, model, precision, batch):
+                for rows in race(options, fields[batch]):
                     result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
                     records.write_json(out, result)  # what is measured is kept, whatever happens next
                 limits = [limit(model, method, precision, batch) for method in options.methods]
@@ -155,17 +160,21 @@ class Racer(Worker):
         print("{model} {method} {contender} {precision} batch {batch}: ".format(**self.key) + str(ready), flush=True)
 
 
-def race(options: argparse.Namespace, model: str, precision: str, batch: int) -> Iterator[list[dict[str, Any]]]:
-    """Let all contenders of one model, precision and batch take turns; after each repeat, yield the rows so far."""
+def start(options: argparse.Namespace, model: str, precision: str, batches: list[int]) -> dict[int, list[Racer]]:
+    """Start a process for each contender, and return those of each batch once all have made their first step."""
     import torch
 
-    racers = []
-    for method in options.methods:
-        for contender in options.contenders:
-            racers.append(Racer(options, model, method, contender, precision, batch))
-            if not torch.cuda.is_available():
-                racers[-1].begin()
+    fields: dict[int, list[Racer]] = {batch: [] for batch in batches}
+    # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
+    for batch in batches:
+        for method in options.methods:
+            for contender in options.contenders:
+                racer = Racer(options, model, method, contender, precision, batch)
+                fields[batch].append(racer)
+                if not torch.cuda.is_available():
+                    racer.begin()
     if torch.cuda.is_available():
+        racers = [racer for field in fields.values() for racer in field]
         for racer in racers:
             racer.begin()
         # A repeat that does not count: what compiles anew for another width does so now, all at once.
@@ -174,6 +183,11 @@ def race(options: argparse.Namespace, model: str, precision: str, batch: int) ->
             racer.tell("go")
         for racer in racing:
             racer.hear()
+    return fields
+
+
+def race(options: argparse.Namespace, racers: list[Racer]) -> Iterator[list[dict[str, Any]]]:
+    """Let all contenders of one model, precision and batch take turns; after each repeat, yield the rows so far."""
     able = [racer for racer in racers if racer.problem is None]
     for repeat in range(options.repeats):
         for racer in able if repeat % 2 else reversed(able):
@@ -322,7 +336,6 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     import tempfile
 
     from qlora_kit import data, models, training  # isort: skip  # first: it imports bitsandbytes with care
-    import torch
     from transformers import Trainer, TrainingArguments
 
     ours = contender.startswith("ours")
@@ -349,10 +362,6 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         return training.KitTrainer(
             spec=spec, lengths=rows.lengths, model=built, args=arguments, train_dataset=rows, data_collator=collate
         )
-    if contender == "compiled_graphs":
-        # A shape of its own for each width, as CUDA graphs want it, and none given up as one too many.
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.recompile_limit = 64
     if contender == "recipe":
         training.enable_checkpointing(built, use_reentrant=False)
     wanted = "paged_adamw_8bit" if contender == "recipe" else "adamw_torch_fused"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import numpy as np
 import pytest
 import torch
 from test_training import StopAt, Watch, weights_of
+from transformers import TrainerCallback
 
 import qlora_kit as qk
 from qlora_kit import models
+from qlora_kit.training import TrainingError
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,42 @@ def test_checkpointing_saves_memory_and_changes_no_loss(topics, tiny_experiment,
         seen[on] = [entry["loss"] for entry in run.training["losses"]], run.training["memory"]["peak_bytes"]
     assert np.allclose(seen[True][0], seen[False][0], rtol=2e-2)
     assert seen[True][1] < seen[False][1]
+
+
+def test_a_gpu_that_runs_out_says_what_would_fit_and_keeps_what_was_saved(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment(
+        "gpt2", training__checkpoint_steps=4, training__graphs="none", training__precision="fp32", lora__dropout=0.0
+    )
+    whole = qk.finetune(experiment, data=topics, out=tmp_path / "whole", progress=False)
+
+    class Filled(TrainerCallback):
+        """Take what the process has left of memory, and let it have no more."""
+
+        def __init__(self) -> None:
+            self.held: list = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+                for size in (2**20, 2**14, 2**9):
+                    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                        while True:
+                            self.held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+
+    filled = Filled()
+    try:
+        with pytest.raises(TrainingError, match=r"the GPU's memory does not suffice for batch 16(.|\n)*Try ") as caught:
+            qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False, callbacks=[filled])
+    finally:
+        filled.held.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert isinstance(caught.value.__cause__, torch.cuda.OutOfMemoryError)
+    again = qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False)
+    assert again.training["timing"]["resumed_from_step"] == 4
+    one, other = weights_of(whole), weights_of(again)
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], atol=2e-3), name
 
 
 def test_bf16_is_taken_where_the_hardware_has_it():
