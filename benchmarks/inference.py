@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="results/inference.json")
+    parser.add_argument("--append", action="store_true", help="keep the rows of --out that other devices made")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -56,6 +57,13 @@ def main() -> int:
         rows = race(run, options)
     environment = records.environment(models.default_device())
     command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
+    if options.append and Path(options.out).is_file():
+        before = records.read_json(options.out)
+        command = "; ".join(dict.fromkeys([*before["command"].split("; "), command]))
+        others = [row for row in before["rows"] if row["device"] != rows[0]["device"]]
+        # The first environment is the file's; a row of another has its own beside it.
+        rows = others + [{**row, "environment": environment} for row in rows]
+        environment = before["environment"] if others else environment
     result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows}
     records.write_json(options.out, result)
     print(f"written: {options.out}")

@@ -6,6 +6,7 @@ r"""Race ways of training against each other: results/speed.json and results/spe
 Contenders, each a real `Trainer.train()` on Banking77's questions in a process of its own:
 
     recipe          the explained recipe: padded to 128, gradient checkpointing, paged 8-bit AdamW
+    recipe_lean     the same Trainer, with layers and norms that keep less for the backward pass (`model.lean`, `fused`)
     padded_longest  transformers' Trainer, each batch padded to its longest row
     grouped         transformers' Trainer with train_sampling_strategy="group_by_length"
     compiled        grouped, with torch_compile=True
@@ -14,14 +15,14 @@ Contenders, each a real `Trainer.train()` on Banking77's questions in a process 
     ours_eager      KitTrainer with training.graphs none
     ours            KitTrainer as a run has it
 
-All but `ours` have PEFT's own layers and transformers' own attention. The processes are built (side by side on CUDA,
-where compiling takes minutes), then take turns: each trains `--steps` steps while the others wait, `--repeats` times
-over, so that what the machine does besides falls on all alike (a GPU's host varies by two). `step_seconds` and
-`samples_per_second` are medians over the repeats, data loading, clipping and optimizer included; `start_seconds` is
-from the process's start to its first finished step. On CUDA `device_seconds` is what a step's kernels take (from the
-profiler, in a repeat of its own) and `peak_bytes` the most bytes allocated; on a CPU the former does not exist and the
-latter is the resident set. Weights are random where the model's own are not on this machine: speed and memory do not
-depend on them.
+All but `recipe_lean` and `ours` have PEFT's own layers and transformers' own attention. The processes are built (side
+by side on CUDA, where compiling takes minutes), then take turns: each trains `--steps` steps (of the recipe, whose
+batches are all as wide, a tenth) while the others wait, `--repeats` times over, so that what the machine does besides
+falls on all alike (a GPU's host varies by two). `step_seconds` and `samples_per_second` are medians over the repeats,
+data loading, clipping and optimizer included; `start_seconds` is from the process's start to its first finished step.
+On CUDA `device_seconds` is what a step's kernels take (from the profiler, in a repeat of its own) and `peak_bytes` the
+most bytes allocated; on a CPU the former does not exist and the latter is the resident set. Weights are random where
+the model's own are not on this machine: speed and memory do not depend on them.
 
 `limit` counts what a step cannot do without (operations of its matrix products; bytes of frozen weights read twice and
 of trained weights, gradients and AdamW's state) for real tokens alone, over the ceilings that this device reaches in a
@@ -50,9 +51,20 @@ MODELS = {
     "dialogpt-medium": "dialogpt-medium_banking77",
     "smollm2-135m": "smollm2-135m_banking77",
 }
-CONTENDERS = ("recipe", "padded_longest", "grouped", "compiled", "compiled_graphs", "unsloth", "ours_eager", "ours")
+CONTENDERS = (
+    "recipe",
+    "recipe_lean",
+    "padded_longest",
+    "grouped",
+    "compiled",
+    "compiled_graphs",
+    "unsloth",
+    "ours_eager",
+    "ours",
+)
 PADDING = {
     "recipe": "max_length",
+    "recipe_lean": "max_length",
     "padded_longest": "longest",
     "grouped": "grouped",
     "compiled": "grouped",
@@ -245,7 +257,7 @@ def compete(model: str, method: str, contender: str, precision: str, batch: int,
     from qlora_kit import models, records
 
     # Where every batch is as wide as the next, a tenth of the steps say as much.
-    watch = turns(max(1, steps // 10) if contender == "recipe" else steps)(trainer)
+    watch = turns(max(3, steps // 10) if contender.startswith("recipe") else steps)(trainer)
     trainer.add_callback(watch)
     watch.about = {
         "device": records.environment(models.default_device())["device"],
@@ -339,7 +351,7 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     from transformers import Trainer, TrainingArguments
 
     ours = contender.startswith("ours")
-    experiment = experiment_of(model, method, precision, batch, ours)
+    experiment = experiment_of(model, method, precision, batch, ours or contender == "recipe_lean")
     if contender == "ours_eager":
         experiment = experiment.override({"training.graphs": "none"})
     text = data.banking77()
@@ -349,7 +361,7 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     device = models.default_device()
     built = models.build(experiment, text.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
     folder = Path(tempfile.mkdtemp(prefix="speed-"))
-    kind = "max_length" if contender == "recipe" else "longest"
+    kind = "max_length" if contender.startswith("recipe") else "longest"
     few = ours or contender == "compiled_graphs"
     edges = data.edges_of(device) if few else None
     collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length, edges=edges)
@@ -362,9 +374,9 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         return training.KitTrainer(
             spec=spec, lengths=rows.lengths, model=built, args=arguments, train_dataset=rows, data_collator=collate
         )
-    if contender == "recipe":
+    if contender.startswith("recipe"):
         training.enable_checkpointing(built, use_reentrant=False)
-    wanted = "paged_adamw_8bit" if contender == "recipe" else "adamw_torch_fused"
+    wanted = "paged_adamw_8bit" if contender.startswith("recipe") else "adamw_torch_fused"
     arguments = TrainingArguments(
         **settings(batch, precision),
         output_dir=str(folder),

@@ -1211,9 +1211,11 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
 
 CONTENDER_NAMES = {
     "recipe": "explained recipe",
+    "recipe_lean": "the same with less memory",
     "padded_longest": "Trainer, padded to the longest",
     "grouped": "Trainer, grouped by length",
     "compiled": "Trainer, torch.compile",
+    "compiled_graphs": "Trainer, torch.compile to graphs",
     "unsloth": "unsloth",
     "ours_eager": "qlora_kit, eager",
     "ours": "qlora_kit",

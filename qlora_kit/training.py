@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import shutil
@@ -587,6 +588,7 @@ def finetune(
         device = models.default_device()
         precision = models.precision_of(experiment, device)
         if device.type == "cuda":
+            gc.collect()  # an earlier run's model, whose Trainer refers to itself, would count as this one's
             torch.cuda.reset_peak_memory_stats(device)
         with _readable_memory(experiment):
             model = models.build(experiment, data.label_names, device=device, pad_token_id=tokenizer.pad_token_id)

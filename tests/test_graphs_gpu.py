@@ -149,7 +149,6 @@ def test_graphs_take_no_more_memory_than_planned(tmp_path, checkpointing):
             "tracking.wandb": "none",
         }
     )
-    torch.cuda.empty_cache()
     run = qk.finetune(experiment, out=tmp_path, progress=False)
     taken = run.training["memory"]
     data = qk.data.load(experiment.data)
