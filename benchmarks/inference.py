@@ -90,10 +90,11 @@ def race(run: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     workers: dict[str, Worker] = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--texts", str(options.texts), "--one", variant, str(run.path)]
-        worker = Worker(command)
-        worker.ask("start")
+        workers[variant] = Worker(command)
+        workers[variant].tell("start")
+    for variant, worker in workers.items():
+        worker.hear()
         print(f"{variant}: {worker.problem or 'ready'}", flush=True)
-        workers[variant] = worker
     turns: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for repeat in range(options.repeats):
         for variant in VARIANTS if repeat % 2 else reversed(VARIANTS):
