@@ -146,6 +146,7 @@ def test_graphs_take_no_more_memory_than_planned(tmp_path, checkpointing):
             "training.gradient_checkpointing": checkpointing,
             "training.max_steps": 12,
             "data.limit": 1000,
+            "training.eval_batch_size": 8,  # evaluations are not in the plan, and of 64 rows take more
             "tracking.wandb": "none",
         }
     )
