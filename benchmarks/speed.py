@@ -62,6 +62,8 @@ CONTENDERS = (
     "ours_eager",
     "ours",
 )
+# Ways beside those that results/speed.json is about: their rows stand in a file of their own, `speed_variants.json`.
+VARIANTS = ("recipe_lean", "compiled_graphs")
 PADDING = {
     "recipe": "max_length",
     "recipe_lean": "max_length",
@@ -111,6 +113,9 @@ def race_all(options: argparse.Namespace) -> int:
     )
     out = Path(options.out)
     before = records.read_json(out) if options.append and out.is_file() else {"rows": [], "limit": []}
+    variants = out.with_name(f"{out.stem}_variants.json")
+    if options.append and variants.is_file():
+        before["rows"] += records.read_json(variants)["rows"]
     environment = records.environment(models.default_device())
     now = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
     command = "; ".join(dict.fromkeys([*before.get("command", now).split("; "), now]))
@@ -129,13 +134,25 @@ def race_all(options: argparse.Namespace) -> int:
                 before_race = result["rows"]
                 for rows in race(options, fields[batch]):
                     result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
-                    records.write_json(out, result)  # what is measured is kept, whatever happens next
+                    write(result, out, variants)  # what is measured is kept, whatever happens next
                 limits = [limit(model, method, precision, batch) for method in options.methods]
                 result["limit"] = merged(result["limit"], limits)
-                records.write_json(out, result)
+                write(result, out, variants)
     plots.save(plots.speed(result["rows"], result["limit"]), out.parent, out.stem)
     print(f"written: {options.out}")
     return 0
+
+
+def write(result: dict[str, Any], out: Path, variants: Path) -> None:
+    """Write the record, and beside it the rows of `VARIANTS`, where there are any."""
+    from qlora_kit import records
+
+    apart = [row for row in result["rows"] if row["contender"] in VARIANTS]
+    records.write_json(out, result | {"rows": [row for row in result["rows"] if row not in apart]})
+    if apart:
+        records.write_json(
+            variants, {name: result[name] for name in ("schema", "environment", "command")} | {"rows": apart}
+        )
 
 
 PROFILED = 2  # steps whose kernels are added up
