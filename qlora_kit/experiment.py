@@ -162,7 +162,8 @@ class TrainingSpec:
         epochs: Passes over the training rows.
         max_steps: Stop after this many optimizer steps; None for `epochs` alone.
         batch_size: Rows a step (times `gradient_accumulation` for an optimizer step).
-        eval_batch_size: Rows a forward pass in evaluation.
+        eval_batch_size: Rows a forward pass in evaluation; None takes as many as need no more memory than a training
+            step, at most 64 (`qlora_kit.training.evaluation_rows`).
         gradient_accumulation: Batches whose gradients are summed for one optimizer step.
         learning_rate: Peak learning rate of the adapters (of the whole model in full fine-tuning).
         head_learning_rate: Peak learning rate of the head; None takes `learning_rate`.
@@ -196,7 +197,7 @@ class TrainingSpec:
     epochs: float = 4
     max_steps: int | None = None
     batch_size: int = 32
-    eval_batch_size: int = 64
+    eval_batch_size: int | None = None
     gradient_accumulation: int = 1
     learning_rate: float = 1e-3
     head_learning_rate: float | None = None

@@ -144,6 +144,8 @@ class Plan:
         paged: Bytes of optimizer state outside of torch's allocator, in pages that CUDA moves to the host under
             pressure.
         phase: When the peak is: `forward`, `backward` or `optimizer`.
+        evaluation: Most bytes allocated at once by an evaluation between two steps, of `evaluation_rows` rows.
+        evaluation_rows: Rows a forward pass there.
         details: Finer than the parts: activations and workspace by the operation that made them.
         parameters: Trained parameters, and all.
     """
@@ -158,6 +160,8 @@ class Plan:
     reserved: int
     paged: int
     phase: str
+    evaluation: int
+    evaluation_rows: int
     details: dict[str, dict[str, int]]
     parameters: tuple[int, int]
 
@@ -170,6 +174,8 @@ class Plan:
             "parts": dict(self.parts),
             "details": self.details,
             "phase": self.phase,
+            "evaluation_bytes": self.evaluation,
+            "evaluation_rows": self.evaluation_rows,
             "batch": self.batch,
             "length": self.length,
             "device": self.device.name,
@@ -203,6 +209,7 @@ class Plan:
         lines += [f"  {row['part']:{width}}  {row['MiB']:>10} MiB  {row['share']:>4}" for row in rows]
         lines.append(f"  most is allocated in the {self.phase} pass" if self.phase != "optimizer" else
                      "  most is allocated in the optimizer's step")  # fmt: skip
+        lines.append(f"  an evaluation of {self.evaluation_rows} rows takes {self.evaluation / MIB:,.1f} MiB")
         if self.device.bytes:
             lines.append(
                 f"  the allocator will have reserved about {self.reserved / MIB:,.0f} MiB of "
@@ -247,45 +254,15 @@ def plan(
         KitError: For a device, model or shape that cannot be.
     """
     where = device if isinstance(device, Device) else find_device(device)
-    batch, length = batch or experiment.training.batch_size, length or experiment.data.max_length
+    spec = experiment.training
+    batch, length = batch or spec.batch_size, length or experiment.data.max_length
     _check_shape(batch, length)
-    model = _skeleton(experiment, _precision(experiment, where), labels, where)
-    return _run(experiment, model, batch, length, where, padded)
-
-
-def _run(experiment: Experiment, model: nn.Module, batch: int, length: int, where: Device, padded: bool = True) -> Plan:
-    """Run one step of a skeleton, and count."""
     precision = _precision(experiment, where)
-    _check_positions(model, experiment, length)
-    dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
-    stage = Stage(where.kind, where.capability, dtype, padded, experiment.model.fused)
-    tape = Tape("meta", _inside(where))
-    tape.on_operation = stage.forget_casts
-    step = _Step(experiment, model, tape, where)
-    with torch.autograd.set_multithreading_enabled(False), _autocast_flag(stage.dtype), _int8_of(where), tape, stage:
-        step.hold_weights()
-        paged = step.hold_optimizer()
-        step.run(_batch(batch, length), stage.autocast())
-    return _plan_of(
-        experiment, batch, length, where, precision, tape, paged, models.trainable_parameters(model), step.graphs
-    )
-
-
-def _plan_of(
-    experiment: Experiment,
-    batch: int,
-    length: int,
-    where: Device,
-    precision: str,
-    tape: Tape,
-    paged: int,
-    parameters: tuple[int, int],
-    captured: bool,
-) -> Plan:
-    peak = replay(tape.events, caching=where.kind == "cuda")
+    model = _skeleton(experiment, precision, labels, where)
+    peak, paged, cublas = _train(experiment, model, batch, length, where, padded)
+    rows = training.evaluation_rows(spec, models.layers_of(experiment.model), where.kind, batch)
+    evaluation = _evaluate(experiment, model, rows, length, where, padded)
     parts, details = _sum_up(peak)
-    # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
-    cublas = where.cublas * (2 if captured else 1)
     if cublas:
         parts["cuBLAS"] = cublas
     return Plan(
@@ -299,9 +276,56 @@ def _plan_of(
         reserved=peak.reserved + cublas,
         paged=paged,
         phase=peak.phase,
+        evaluation=sum(size for _, size in evaluation.alive) + cublas,
+        evaluation_rows=rows,
         details=details,
-        parameters=parameters,
+        parameters=models.trainable_parameters(model),
     )
+
+
+@contextlib.contextmanager
+def _recorded(
+    experiment: Experiment, model: nn.Module, length: int, where: Device, padded: bool
+) -> Iterator[tuple[_Step, Any]]:
+    """Lend a step of a skeleton on a tape, and what stands for autocast in there."""
+    precision = _precision(experiment, where)
+    _check_positions(model, experiment, length)
+    dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
+    stage = Stage(where.kind, where.capability, dtype, padded, experiment.model.fused)
+    tape = Tape("meta", _inside(where))
+    tape.on_operation = stage.forget_casts
+    step = _Step(experiment, model, tape, where)
+    with torch.autograd.set_multithreading_enabled(False), _autocast_flag(stage.dtype), _int8_of(where), tape, stage:
+        step.hold_weights()
+        yield step, stage.autocast()
+
+
+def _train(
+    experiment: Experiment, model: nn.Module, batch: int, length: int, where: Device, padded: bool = True
+) -> tuple[Peak, int, int]:
+    """Run one training step of a skeleton: its peak, the paged bytes, and what cuBLAS takes."""
+    with _recorded(experiment, model, length, where, padded) as (step, autocast):
+        paged = step.hold_optimizer()
+        step.run(_batch(batch, length), autocast)
+    # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
+    return replay(step.tape.events, caching=where.kind == "cuda"), paged, where.cublas * (2 if step.graphs else 1)
+
+
+def _evaluate(
+    experiment: Experiment, model: nn.Module, rows: int, length: int, where: Device, padded: bool = True
+) -> Peak:
+    """Run one forward pass of a skeleton as the Trainer does between two steps."""
+    with _recorded(experiment, model, length, where, padded) as (step, autocast), torch.no_grad():
+        step.hold_optimizer()
+        batch = _batch(rows, length)
+        for tensor in batch.values():
+            step.tape.hold(tensor, "batch")
+        step.tape.phase = "forward"
+        model.eval()
+        with autocast:
+            model(**batch)
+        model.train()
+    return replay(step.tape.events, caching=where.kind == "cuda")
 
 
 def _sum_up(peak: Peak) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
@@ -642,11 +666,15 @@ class Estimate:
         if key not in self._known:
             self._known[key] = self._whole(
                 [
-                    _run(each, model, batch, length, self.device).reserved
+                    self._reserved(each, model, batch, length)
                     for each, model in zip(self._plans, self._models, strict=True)
                 ]
             )
         return self._known[key]
+
+    def _reserved(self, experiment: Experiment, model: nn.Module, batch: int, length: int) -> int:
+        peak, _, cublas = _train(experiment, model, batch, length, self.device)
+        return peak.reserved + cublas
 
 
 def fits(

@@ -648,6 +648,16 @@ def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfi
     return config
 
 
+def layers_of(spec: ModelSpec) -> int:
+    """Return how many layers a base has.
+
+    Args:
+        spec: Which base.
+    """
+    layers: int = load_config(spec).num_hidden_layers
+    return layers
+
+
 def build_classifier(
     experiment: Experiment,
     label_names: Sequence[str],

@@ -439,6 +439,7 @@ def training_arguments(
     steps: int,
     tracked: bool,
     progress: bool,
+    eval_rows: int | None = None,
 ) -> TrainingArguments:
     """Translate a spec into the Trainer's arguments.
 
@@ -450,6 +451,7 @@ def training_arguments(
         steps: Optimizer steps in all, for the warm-up.
         tracked: Whether a W&B run is open.
         progress: Whether to show progress bars.
+        eval_rows: Rows a forward pass in evaluation; by default as many as a step has.
 
     Returns:
         The arguments. Names are those that transformers 5.17 and 5.24 have in common.
@@ -460,7 +462,7 @@ def training_arguments(
         num_train_epochs=spec.epochs,
         max_steps=spec.max_steps or -1,
         per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=spec.eval_batch_size,
+        per_device_eval_batch_size=eval_rows or spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
@@ -495,6 +497,30 @@ def training_arguments(
     # One device a process: several GPUs would be taken for DataParallel, which cannot copy 4-bit weights.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+MOST_EVAL_ROWS = 64
+
+
+def evaluation_rows(spec: TrainingSpec, layers: int, device: str, batch: int | None = None) -> int:
+    """Return how many rows a forward pass in evaluation has (`training.eval_batch_size`, or what it stands for).
+
+    A run that fits the GPU while it trains must not fail at its first evaluation. With checkpointing the backward pass
+    keeps one layer's activations at a time, more than a forward pass of as many rows does; without it, every layer's,
+    which leaves a forward pass room for more rows. Half a layer for each row is on the safe side of both.
+
+    Args:
+        spec: How the model is trained.
+        layers: How many layers it has.
+        device: `cuda` or `cpu`; on a CPU an evaluation has 64 rows.
+        batch: Rows a training step; by default the spec's.
+    """
+    batch = batch or spec.batch_size
+    if spec.eval_batch_size is not None:
+        return spec.eval_batch_size
+    if device == "cpu":
+        return MOST_EVAL_ROWS
+    return min(batch * (1 if spec.gradient_checkpointing else max(layers // 2, 1)), MOST_EVAL_ROWS)
 
 
 def resolve_optimizer(name: str, device: torch.device) -> str:
@@ -592,6 +618,9 @@ def finetune(
             torch.cuda.reset_peak_memory_stats(device)
         with _readable_memory(experiment):
             model = models.build(experiment, data.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
+            if experiment.model.random_weights and device.type == "cuda":
+                # They are made whole and then quantized; a checkpoint is quantized while it is read.
+                torch.cuda.reset_peak_memory_stats(device)
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
             _begin(folder, experiment, data)
@@ -704,6 +733,7 @@ def _trainer(
             steps=total_steps(spec, len(data.train)),
             tracked=tracked,
             progress=progress,
+            eval_rows=evaluation_rows(spec, models.layers_of(experiment.model), device.type),
         ),
         **trainer_data(experiment, tokenizer, data, tokens),
     )
@@ -758,6 +788,7 @@ def start_head(
         device=device,
         precision=precision,
         max_length=experiment.data.max_length,
+        batch_size=evaluation_rows(experiment.training, models.layers_of(experiment.model), device.type),
         states=True,
         progress="class means" if progress else None,
     )
@@ -892,13 +923,14 @@ def _summary(
 
 
 def _planned(trainer: KitTrainer, experiment: Experiment, labels: int) -> int | None:
-    """Return what the plan says of the longest batch."""
+    """Return what the plan says of the longest batch, in training and in evaluation."""
     from . import memory
 
     rows: Any = trainer.train_dataset
     pad: Any = trainer.data_collator
     try:
-        return memory.plan(experiment, length=pad.width(max(rows.lengths)), labels=labels).total
+        plan = memory.plan(experiment, length=pad.width(max(rows.lengths)), labels=labels)
+        return max(plan.total, plan.evaluation)
     except Exception as error:
         # A finished run is worth more than its plan.
         logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)

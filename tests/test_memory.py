@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qlora_kit as qk
-from qlora_kit import __main__, memory, models
+from qlora_kit import __main__, memory, models, training
 from qlora_kit.errors import KitError
 from qlora_kit.tape import Allocator, Tape, replay
 
@@ -102,6 +102,29 @@ def test_padding_costs_a_mask_and_a_step_of_several_batches_keeps_gradients():
     assert unpadded.total < plan.total
     both = memory.plan(one.override({"training.gradient_accumulation": 2}), batch=8, length=128, device="T4")
     assert both.parts["gradients"] == pytest.approx(4 * plan.parameters[0], rel=0.01)
+
+
+@pytest.mark.parametrize("shape", ["dialogpt-medium", "smollm2-135m", "llama-1.1b"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("batch", "length"), [(1, 512), (8, 32)])
+def test_a_run_that_fits_while_it_trains_fits_while_it_is_evaluated(shape, checkpointing, batch, length):
+    changes = {"lora__target_modules": "all-linear"} if shape != "dialogpt-medium" else {}
+    experiment = shaped(
+        "dialogpt-medium_banking77_qlora",
+        shape,
+        training__gradient_checkpointing=checkpointing,
+        model__layers=6,
+        **changes,
+    )
+    plan = memory.plan(experiment, batch=batch, length=length, device="T4")
+    assert plan.evaluation < plan.total
+    assert plan.evaluation_rows >= batch
+    assert f"an evaluation of {plan.evaluation_rows} rows takes {plan.evaluation / MIB:,.1f} MiB" in str(plan)
+    if checkpointing and batch * length == 512:
+        wished = experiment.override({"training.eval_batch_size": 64})
+        assert training.evaluation_rows(wished.training, 6, "cuda") == 64
+        # What stands in the spec is done, and planned; nothing is hidden.
+        assert memory.plan(wished, batch=batch, length=length, device="T4").evaluation > plan.total
 
 
 def test_a_name_alone_is_planned_with_the_kits_own_settings(tmp_path):
