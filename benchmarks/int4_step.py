@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,17 @@ def main() -> int:
         shape, name, length = options.memory_of
         print(json.dumps(memory(options, shape, name, int(length))))
         return 0
-    rows = [row for shape in options.shapes for length in options.lengths for row in compare(options, shape, length)]
-    result = {
+    result: dict[str, Any] = {
         "schema": records.SCHEMA,
         "environment": records.environment(options.device),
         "command": " ".join(["python benchmarks/int4_step.py", *sys.argv[1:]]),
-        "rows": rows,
+        "rows": [],
     }
-    records.write_json(options.out, result)
+    for shape in options.shapes:
+        for length in options.lengths:
+            for row in compare(options, shape, length):
+                result["rows"].append(row)
+                records.write_json(options.out, result)  # what is measured is kept, whatever happens next
     print(f"written: {options.out}")
     return 0
 
@@ -138,7 +141,7 @@ def step_of(options: argparse.Namespace, model: torch.nn.Module, length: int) ->
     return step
 
 
-def compare(options: argparse.Namespace, shape: str, length: int) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace, shape: str, length: int) -> Iterator[dict[str, Any]]:
     steps = {name: step_of(options, build(options, shape, spec), length) for name, spec in CONTENDERS.items()}
     for step in steps.values():
         for _ in range(3):
@@ -148,7 +151,6 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> list[dict[s
         for name in list(steps) if repeat % 2 else list(reversed(steps)):
             wall[name].append(timed(steps[name], options.device))
     device = {name: kernel_seconds(step) if options.device == "cuda" else None for name, step in steps.items()}
-    rows = []
     for name in steps:
         row = {
             "model": shape,
@@ -166,12 +168,11 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> list[dict[s
             "device": records.environment(options.device)["device"],
             **measured_apart(options, shape, name, length),
         }
-        rows.append(row)
         peak = f", peak {row['peak_bytes'] / 2**20:.1f} MiB" if row["peak_bytes"] else ""
         kernels = f", kernels {1e3 * row['device_seconds']:.2f} ms" if row["device_seconds"] else ""
         step_ms, times = 1e3 * row["step_seconds"], row["times_nf4"]
         print(f"{shape} length {length} {name}: {step_ms:.2f} ms, {times:.3f} of nf4's{kernels}{peak}", flush=True)
-    return rows
+        yield row
 
 
 def timed(step: Callable[[], None], device: str) -> float:
