@@ -133,6 +133,8 @@ def race_all(options: argparse.Namespace) -> int:
                     fields |= start(options, model, precision, options.batches if options.at_once else [batch])
                 before_race = result["rows"]
                 for rows in race(options, fields[batch]):
+                    # A contender that could not start has no device of its own to tell.
+                    rows = [{**row, "device": row["device"] or environment["device"]} for row in rows]
                     result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
                     write(result, out, variants)  # what is measured is kept, whatever happens next
                 limits = [limit(model, method, precision, batch) for method in options.methods]

@@ -437,7 +437,7 @@ def evaluate(
     baselines: bool | Mapping[str, Mapping[str, Any]] = True,
     data: TextData | None = None,
     resamples: int = RESAMPLES,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Test a finished run, from its folder alone, and write its `evaluation.json`.
@@ -450,7 +450,8 @@ def evaluate(
             for another run on the same data and base is taken as it is.
         data: The data, where it is at hand already; it must be the rows that the run was trained on.
         resamples: For the intervals.
-        batch_size: Texts a forward pass.
+        batch_size: Texts a forward pass; None takes as many as evaluations during its training had, here
+            (`qlora_kit.training.evaluation_rows`).
         progress: Show progress bars.
 
     Returns:
@@ -468,6 +469,8 @@ def evaluate(
     data = data_of(run, data)
     names = data.label_names
     run.load()  # so that the timing below is of predictions, not of reading weights
+    if batch_size is None:
+        batch_size = _rows(run)
     predict_start = time.perf_counter()
     test = run.predict(data.test.texts, batch_size=batch_size, progress="test" if progress else None).logits
     predict_seconds = time.perf_counter() - predict_start
@@ -485,7 +488,7 @@ def evaluate(
         scores["test_without_leaked"] = metrics(test[clean], truth[clean], resamples=resamples)
     predictions = {"test": _predictions(test).tolist()}
     if baselines is True:
-        found: Mapping[str, Mapping[str, Any]] = _all_baselines(run, data, resamples, progress)
+        found: Mapping[str, Mapping[str, Any]] = _all_baselines(run, data, resamples, batch_size, progress)
     else:
         found = baselines or {}
     scores["baselines"] = {}
@@ -536,11 +539,20 @@ def evaluate(
     return dict(result)
 
 
-def _all_baselines(run: Run, data: TextData, resamples: int, progress: bool) -> dict[str, dict[str, Any]]:
+def _rows(run: Run) -> int:
+    from . import models, training
+
+    spec = run.experiment
+    return training.evaluation_rows(spec.training, models.layers_of(spec.model), _device(run).type)
+
+
+def _all_baselines(
+    run: Run, data: TextData, resamples: int, batch_size: int, progress: bool
+) -> dict[str, dict[str, Any]]:
     from . import models
 
     def embed(texts: list[str]) -> np.ndarray:
-        return models.embed(run.experiment, texts, progress="embedding" if progress else None)
+        return models.embed(run.experiment, texts, batch_size=batch_size, progress="embedding" if progress else None)
 
     return baselines(data, embed, resamples=resamples, progress=progress)
 

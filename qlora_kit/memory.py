@@ -211,9 +211,10 @@ class Plan:
                      "  most is allocated in the optimizer's step")  # fmt: skip
         lines.append(f"  an evaluation of {self.evaluation_rows} rows takes {self.evaluation / MIB:,.1f} MiB")
         if self.device.bytes:
+            reserved = max(self.reserved, self.evaluation)
             lines.append(
-                f"  the allocator will have reserved about {self.reserved / MIB:,.0f} MiB of "
-                f"{self.device.bytes / MIB:,.0f}: it {'fits' if self.reserved <= self.device.bytes else 'does not fit'}"
+                f"  the allocator will have reserved about {reserved / MIB:,.0f} MiB of "
+                f"{self.device.bytes / MIB:,.0f}: it {'fits' if reserved <= self.device.bytes else 'does not fit'}"
             )
         return "\n".join(lines)
 
@@ -255,7 +256,8 @@ def plan(
     """
     where = device if isinstance(device, Device) else find_device(device)
     spec = experiment.training
-    batch, length = batch or spec.batch_size, length or experiment.data.max_length
+    batch = spec.batch_size if batch is None else batch
+    length = experiment.data.max_length if length is None else length
     _check_shape(batch, length)
     precision = _precision(experiment, where)
     model = _skeleton(experiment, precision, labels, where)
@@ -642,8 +644,8 @@ class Estimate:
     def __init__(self, experiment: Experiment, device: Device, labels: int = 77) -> None:
         self.device = device
         config: Any = models.load_config(experiment.model)
-        self.layers = config.num_hidden_layers
-        self.positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.layers = models.layers_of(experiment.model)
+        self.positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         precision = _precision(experiment, device)
         counts = (2, 5) if self.layers > 6 else (self.layers,)
         self._plans = [experiment.override({"model.layers": count}) for count in counts]

@@ -640,22 +640,26 @@ def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfi
             base.source, revision=base.revision, trust_remote_code=False, **changes
         )
     if spec.layers is not None:
-        if spec.layers > config.num_hidden_layers:
-            raise KitError(f"model.layers is {spec.layers}: {spec.name} has {config.num_hidden_layers}")
-        config.num_hidden_layers = spec.layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: spec.layers]
+        inner: Any = config.get_text_config()
+        if spec.layers > inner.num_hidden_layers:
+            raise KitError(f"model.layers is {spec.layers}: {spec.name} has {inner.num_hidden_layers}")
+        inner.num_hidden_layers = spec.layers
+        if getattr(inner, "layer_types", None):
+            inner.layer_types = inner.layer_types[: spec.layers]
     return config
 
 
 def layers_of(spec: ModelSpec) -> int:
-    """Return how many layers a base has.
+    """Return how many layers a base has; 1 where its configuration does not say.
 
     Args:
         spec: Which base.
+
+    Raises:
+        KitError: When its configuration cannot be read.
     """
-    layers: int = load_config(spec).num_hidden_layers
-    return layers
+    # A model of text and more keeps what is about text in a part of its configuration; some have no such number.
+    return getattr(load_config(spec).get_text_config(), "num_hidden_layers", None) or 1
 
 
 def build_classifier(
@@ -689,10 +693,11 @@ def build_classifier(
     pooling = resolve_pooling(spec, config)
     if spec.head_init == "class_means" and pooling != "mean":
         raise KitError(f"model.head_init: class_means needs model.pooling: mean, which {spec.name} is not set to")
-    if pad_token_id is not None:
-        config.pad_token_id = pad_token_id
-    config.use_cache = False
-    _set_dropout(config, spec.dropout)
+    for part in (config, config.get_text_config()):  # one and the same for most models
+        if pad_token_id is not None:
+            part.pad_token_id = pad_token_id
+        part.use_cache = False
+        _set_dropout(part, spec.dropout)
     precision = precision_of(experiment, device)
     # In full fine-tuning every weight is trained, and what is trained is fp32. A CPU's bf16 is for training's matrix
     # products alone: what is not quantized stays fp32 there, so that it predicts in fp32 with the same weights.
@@ -1268,12 +1273,15 @@ def _pooled_states(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
     return mean_pool(states, batch["attention_mask"])
 
 
-def embed(experiment: Experiment, texts: Sequence[str], *, progress: str | None = "embedding") -> np.ndarray:
+def embed(
+    experiment: Experiment, texts: Sequence[str], *, batch_size: int = 64, progress: str | None = "embedding"
+) -> np.ndarray:
     """Embed texts with an experiment's frozen base, stored as the experiment stores it, without adapters.
 
     Args:
         experiment: Names the base, its quantization and the longest text.
         texts: The texts.
+        batch_size: Texts a forward pass.
         progress: Label of a progress bar, or None for none.
 
     Returns:
@@ -1289,6 +1297,7 @@ def embed(experiment: Experiment, texts: Sequence[str], *, progress: str | None 
         device=device,
         precision=precision_of(experiment, device),
         max_length=experiment.data.max_length,
+        batch_size=batch_size,
         states=True,
         progress=progress,
     )

@@ -1205,7 +1205,8 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     right.grid(visible=False)
     right.set_xlim(0, 2.6 * slowest)
     right.xaxis.set_major_locator(MaxNLocator(2))
-    right.set_xlabel("training time, s")
+    together = max(row.get("jobs", 1) for row in rows)
+    right.set_xlabel("training time, s" + (f"\n({together} runs share the device)" if together > 1 else ""))
     return figure
 
 
@@ -1272,6 +1273,7 @@ def _race(
             axes.barh(place, rate, height=0.6, color=BLUE if name.startswith("ours") else GREY)
             axes.plot([low, high], [place, place], color=BLACK, linewidth=1)
         axes.annotate(text, (high, place), (6, 0), textcoords="offset points", va="center")
+    axes.set_xlabel("texts a second")
     for limit in filter(in_field, limits):
         bound = limit["samples_per_second"]
         if bound < 2.5 * most:

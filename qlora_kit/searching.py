@@ -62,6 +62,7 @@ _ARGUMENTS = (
     "max_grad_norm",
     "num_train_epochs",
     "optim",
+    "per_device_eval_batch_size",
     "per_device_train_batch_size",
     "warmup_steps",
     "weight_decay",

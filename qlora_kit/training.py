@@ -614,13 +614,12 @@ def finetune(
         device = models.default_device()
         precision = models.precision_of(experiment, device)
         if device.type == "cuda":
-            gc.collect()  # an earlier run's model, whose Trainer refers to itself, would count as this one's
-            torch.cuda.reset_peak_memory_stats(device)
+            _count_memory_anew(device)
         with _readable_memory(experiment):
             model = models.build(experiment, data.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
             if experiment.model.random_weights and device.type == "cuda":
-                # They are made whole and then quantized; a checkpoint is quantized while it is read.
-                torch.cuda.reset_peak_memory_stats(device)
+                # They are made whole and then quantized, which is no part of fine-tuning a checkpoint.
+                _count_memory_anew(device)
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
             _begin(folder, experiment, data)
@@ -648,6 +647,12 @@ def finetune(
         )
         _finish(folder, experiment, data, base, model, tokenizer, training, device)
     return Run(folder)
+
+
+def _count_memory_anew(device: torch.device) -> None:
+    gc.collect()  # an earlier run's model, whose Trainer refers to itself, would count as this one's
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def with_data(experiment: Experiment, data: TextData) -> Experiment:
@@ -805,6 +810,8 @@ def _readable_memory(experiment: Experiment) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         spec = experiment.training
         tries = [f"training.batch_size {max(spec.batch_size // 2, 1)} with gradient_accumulation doubled"]
+        if spec.eval_batch_size is not None:
+            tries.append("training.eval_batch_size null, which takes no more than training does")
         if not spec.gradient_checkpointing:
             tries.append("training.gradient_checkpointing true")
         if experiment.quantization.scheme == "none" and experiment.lora is not None:

@@ -206,7 +206,15 @@ def test_lean_is_the_same_mathematics_with_less_kept(tiny_experiment):
     assert sizes[1] < 0.5 * sizes[0]
 
 
+def test_a_plan_whose_evaluation_has_no_room_does_not_say_that_it_fits():
+    wished = shaped(model__layers=2, training__eval_batch_size=4096)
+    assert "does not fit" in str(memory.plan(wished, batch=1, length=1024, device="T4"))
+    assert "it fits" in str(memory.plan(shaped(model__layers=2), batch=1, length=1024, device="T4"))
+
+
 def test_bad_shapes_and_devices_are_refused():
+    with pytest.raises(KitError, match="batch is 0"):
+        memory.plan(shaped(model__layers=1), batch=0)
     experiment = shaped()
     with pytest.raises(KitError, match="1024 positions"):
         memory.plan(experiment, length=2048, device="T4")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -511,3 +512,35 @@ def test_a_layer_is_let_go_before_the_next_is_quantized(tiny_experiment, monkeyp
     else:
         models.quantize_with_bitsandbytes_(model, Quantization(scheme), (), torch.float32)
     assert counts == list(range(len(alive), 0, -1))
+
+
+def test_a_configuration_in_parts_is_read_and_set_where_the_model_reads_it(tmp_path):
+    config = transformers.Gemma3Config(
+        text_config={
+            "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, "max_position_embeddings": 64,
+        },
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    )  # fmt: skip
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    experiment = qk.preset("minilm_banking77_smoke").override(
+        {
+            "model.name": str(tmp_path),
+            "model.random_weights": True,
+            "model.pooling": "sequence_classification",
+            "model.head": "linear",
+            "model.head_init": "random",
+            "quantization.scheme": "none",
+        }
+    )
+    assert models.layers_of(experiment.model) == 2
+    assert models.layers_of(dataclasses.replace(experiment.model, layers=1)) == 1
+    model = models.build_classifier(experiment, ["a", "b"], device=torch.device("cpu"), pad_token_id=7)
+    assert model.config.pad_token_id == model.config.text_config.pad_token_id == 7
+    ids = torch.tensor([[5, 6, 9]])
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        padded = torch.cat([ids, torch.full((1, 3), 7)], dim=1)
+        beside = model(input_ids=padded, attention_mask=(padded != 7).long()).logits
+    torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
