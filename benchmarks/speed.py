@@ -150,7 +150,7 @@ def write(result: dict[str, Any], out: Path, variants: Path) -> None:
     from qlora_kit import records
 
     apart = [row for row in result["rows"] if row["contender"] in VARIANTS]
-    records.write_json(out, result | {"rows": [row for row in result["rows"] if row not in apart]})
+    records.write_json(out, result | {"rows": [row for row in result["rows"] if row["contender"] not in VARIANTS]})
     if apart:
         records.write_json(
             variants, {name: result[name] for name in ("schema", "environment", "command")} | {"rows": apart}

@@ -470,7 +470,9 @@ def evaluate(
     names = data.label_names
     run.load()  # so that the timing below is of predictions, not of reading weights
     if batch_size is None:
-        batch_size = _rows(run)
+        from . import training
+
+        batch_size = training.evaluation_rows(run.experiment, _device(run).type)
     predict_start = time.perf_counter()
     test = run.predict(data.test.texts, batch_size=batch_size, progress="test" if progress else None).logits
     predict_seconds = time.perf_counter() - predict_start
@@ -537,13 +539,6 @@ def evaluate(
 
     tracking.log_test(run, data.test.labels, result)
     return dict(result)
-
-
-def _rows(run: Run) -> int:
-    from . import models, training
-
-    spec = run.experiment
-    return training.evaluation_rows(spec.training, models.layers_of(spec.model), _device(run).type)
 
 
 def _all_baselines(

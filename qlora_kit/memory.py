@@ -262,7 +262,7 @@ def plan(
     precision = _precision(experiment, where)
     model = _skeleton(experiment, precision, labels, where)
     peak, paged, cublas = _train(experiment, model, batch, length, where, padded)
-    rows = training.evaluation_rows(spec, models.layers_of(experiment.model), where.kind, batch)
+    rows = training.evaluation_rows(experiment, where.kind, batch)
     evaluation = _evaluate(experiment, model, rows, length, where, padded)
     parts, details = _sum_up(peak)
     if cublas:

@@ -509,7 +509,7 @@ class _Searcher(training.KitTrainer):
             steps=training.total_steps(spec, len(self.data.train)),
             tracked=False,
             progress=False,
-            eval_rows=training.evaluation_rows(spec, models.layers_of(experiment.model), self.device.type),
+            eval_rows=training.evaluation_rows(experiment, self.device.type),
         )
         arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
         return arguments

@@ -502,7 +502,7 @@ def training_arguments(
 MOST_EVAL_ROWS = 64
 
 
-def evaluation_rows(spec: TrainingSpec, layers: int, device: str, batch: int | None = None) -> int:
+def evaluation_rows(experiment: Experiment, device: str, batch: int | None = None) -> int:
     """Return how many rows a forward pass in evaluation has (`training.eval_batch_size`, or what it stands for).
 
     A run that fits the GPU while it trains must not fail at its first evaluation. With checkpointing the backward pass
@@ -510,17 +510,20 @@ def evaluation_rows(spec: TrainingSpec, layers: int, device: str, batch: int | N
     which leaves a forward pass room for more rows. Half a layer for each row is on the safe side of both.
 
     Args:
-        spec: How the model is trained.
-        layers: How many layers it has.
+        experiment: What is trained how.
         device: `cuda` or `cpu`; on a CPU an evaluation has 64 rows.
-        batch: Rows a training step; by default the spec's.
+        batch: Rows a training step; by default the experiment's.
+
+    Raises:
+        KitError: When the base's configuration cannot be read.
     """
-    batch = batch or spec.batch_size
+    spec = experiment.training
     if spec.eval_batch_size is not None:
         return spec.eval_batch_size
     if device == "cpu":
         return MOST_EVAL_ROWS
-    return min(batch * (1 if spec.gradient_checkpointing else max(layers // 2, 1)), MOST_EVAL_ROWS)
+    rows = 1 if spec.gradient_checkpointing else max(models.layers_of(experiment.model) // 2, 1)
+    return min((batch or spec.batch_size) * rows, MOST_EVAL_ROWS)
 
 
 def resolve_optimizer(name: str, device: torch.device) -> str:
@@ -738,7 +741,7 @@ def _trainer(
             steps=total_steps(spec, len(data.train)),
             tracked=tracked,
             progress=progress,
-            eval_rows=evaluation_rows(spec, models.layers_of(experiment.model), device.type),
+            eval_rows=evaluation_rows(experiment, device.type),
         ),
         **trainer_data(experiment, tokenizer, data, tokens),
     )
@@ -793,7 +796,7 @@ def start_head(
         device=device,
         precision=precision,
         max_length=experiment.data.max_length,
-        batch_size=evaluation_rows(experiment.training, models.layers_of(experiment.model), device.type),
+        batch_size=evaluation_rows(experiment, device.type),
         states=True,
         progress="class means" if progress else None,
     )

@@ -122,7 +122,7 @@ def test_a_run_that_fits_while_it_trains_fits_while_it_is_evaluated(shape, check
     assert f"an evaluation of {plan.evaluation_rows} rows takes {plan.evaluation / MIB:,.1f} MiB" in str(plan)
     if checkpointing and batch * length == 512:
         wished = experiment.override({"training.eval_batch_size": 64})
-        assert training.evaluation_rows(wished.training, 6, "cuda") == 64
+        assert training.evaluation_rows(wished, "cuda") == 64
         # What stands in the spec is done, and planned; nothing is hidden.
         assert memory.plan(wished, batch=batch, length=length, device="T4").evaluation > plan.total
 
