@@ -87,9 +87,12 @@ class Graphs:
         if known is None:
             again = key in self._seen
             self._seen.add(key)
-            if self.problem is not None or not again or not self._capture(key, work, inputs):
-                return work({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
-            known = self._captured[key]
+            if again and self.problem is None:
+                self._release()  # what the first pass took
+                self._capture(key, work, inputs)
+                known = self._captured.get(key)
+        if known is None:
+            return work({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
         for name, held in known.inputs.items():
             held.copy_(inputs[name], non_blocking=True)
         known.graph.replay()
@@ -134,42 +137,64 @@ class Graphs:
         torch.cuda.empty_cache()
         began, free = time.perf_counter(), torch.cuda.mem_get_info(self.device)[0]
         held = torch.cuda.memory_reserved(self.device)
-        for inputs in shapes:
-            key = _key(kind, inputs)
-            if self.problem is None and key not in self._captured:
-                self._capture(key, work, inputs, warm_up=True)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # what warming up took outside of the pool
+        todo = {key: inputs for inputs in shapes if (key := _key(kind, inputs)) not in self._captured}
+        # All of them before the first is captured, so that what warming up takes never stands beside the pool.
+        layers = {key: self._warm_up(work, inputs) for key, inputs in todo.items() if self.problem is None}
+        self._release()
+        for key, inputs in todo.items():
+            if self.problem is None:
+                self._capture(key, work, inputs, layers[key])
+        self._release()
         self.bytes += torch.cuda.memory_reserved(self.device) - held
         self.device_bytes += free - torch.cuda.mem_get_info(self.device)[0]
         self.seconds += time.perf_counter() - began
 
-    def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, warm_up: bool = False) -> bool:
-        held = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
+    def _release(self) -> None:
+        """Give back what the allocator keeps outside of the pool."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Work on the stream of captures; an error becomes `problem`, and the random state stays as it was."""
         random_state = torch.cuda.get_rng_state(self.device)
-        collecting = gc.isenabled()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-                with _checkpoints_counted() as count:
-                    if warm_up:  # loads kernels and libraries' workspaces, which a capture must not
-                        work(dict(held))
-                # A collection in the middle could free another graph, which no capture survives.
-                gc.disable()
-                with _random_states(graph, self.device, count() if warm_up else 0):
-                    outputs = self._record(graph, lambda: work(dict(held)))
+                yield
         except Exception as error:
             self.problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             logger.warning("This step cannot be captured as a CUDA graph (%s); steps run eagerly.", self.problem)
-            return False
         finally:
-            if collecting:
-                gc.enable()
             torch.cuda.set_rng_state(random_state, self.device)
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        self._captured[key] = _Captured(graph, held, outputs)
-        return True
+
+    def _warm_up(self, work: Work, inputs: Inputs) -> int:
+        """Do the work once, which loads kernels and libraries' workspaces, as a capture must not.
+
+        Returns:
+            How many checkpointed layers it has.
+        """
+        layers = 0
+        with self._aside(), _checkpoints_counted() as count:
+            work({name: value.to(self.device, copy=True) for name, value in inputs.items()})
+            layers = count()
+        return layers
+
+    def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, layers: int = 0) -> None:
+        held = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        with self._aside():
+            # A collection in the middle could free another graph, which no capture survives.
+            gc.disable()
+            try:
+                with _random_states(graph, self.device, layers):
+                    outputs = self._record(graph, lambda: work(dict(held)))
+            finally:
+                if collecting:
+                    gc.enable()
+            self._captured[key] = _Captured(graph, held, outputs)
 
 
 # Weights whose gradients may exist twice for a moment: 64 MiB.

@@ -160,3 +160,28 @@ def test_graphs_take_no_more_memory_than_planned(tmp_path, checkpointing):
     assert plan.evaluation < plan.total
     assert taken["peak_bytes"] <= 1.02 * plan.total
     assert run.training["graphs"]["start_bytes"] <= 1.05 * (plan.reserved - sum(plan.parts[p] for p in memory.WEIGHTS))
+
+
+def test_steps_are_captured_where_there_is_hardly_more_room_than_the_plan_announces(tmp_path):
+    class Cramped(Watch):
+        def on_train_begin(self, args, state, control, **kwargs):
+            torch.cuda.empty_cache()
+            share = 1.15 * plan.reserved / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(share)
+
+    experiment = qk.preset("dialogpt-medium_banking77_qlora").override(
+        {
+            "model.name": "shape:dialogpt-medium",
+            "model.random_weights": True,
+            "training.batch_size": 32,
+            "training.max_steps": 12,
+            "data.limit": 1000,
+            "tracking.wandb": "none",
+        }
+    )
+    plan = memory.plan(experiment, length=128, labels=77)
+    try:
+        run = qk.finetune(experiment, out=tmp_path, progress=False, callbacks=[Cramped()])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run.training["graphs"]["captured"] > 4 and run.training["graphs"]["problem"] is None
