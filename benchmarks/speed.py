@@ -398,6 +398,8 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
 
         # Widths differ from the start: compiled once for all of them, not for the first and then again.
         torch._dynamo.config.assume_static_by_default = False
+        # transformers sets it in the first forward pass, and all would be compiled anew for the second.
+        built.config.problem_type = "single_label_classification"
     if contender.startswith("recipe"):
         training.enable_checkpointing(built, use_reentrant=False)
     wanted = "paged_adamw_8bit" if contender.startswith("recipe") else "adamw_torch_fused"
