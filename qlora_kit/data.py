@@ -373,7 +373,7 @@ def tokenize(
 
     Raises:
         KitError: A text is too long and `too_long` is `refuse`, a text gives no token at all, or `max_length`
-            is more than the model has positions for.
+            is more than the tokenizer's `model_max_length`.
     """
     if max_length > tokenizer.model_max_length:
         raise KitError(

@@ -291,7 +291,7 @@ def _recorded(
 ) -> Iterator[tuple[_Step, Any]]:
     """Lend a step of a skeleton on a tape, and what stands for autocast in there."""
     precision = _precision(experiment, where)
-    _check_positions(model, experiment, length)
+    models.check_length(model, experiment.model.name, length)
     dtype = None if precision == "fp32" else models.COMPUTE_DTYPES[precision]
     stage = Stage(where.kind, where.capability, dtype, padded, experiment.model.fused)
     tape = Tape("meta", _inside(where))
@@ -354,17 +354,6 @@ def _check_shape(batch: int, length: int) -> None:
             raise KitError(f"{name} is {value!r}: allowed is a whole number above 0")
 
 
-def _positions(model: nn.Module) -> int | None:
-    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    return getattr(getattr(inner, "config", None), "max_position_embeddings", None)
-
-
-def _check_positions(model: nn.Module, experiment: Experiment, length: int) -> None:
-    most = _positions(model)
-    if most and length > most:
-        raise KitError(f"length is {length}: {experiment.model.name} has {most} positions")
-
-
 def _precision(experiment: Experiment, where: Device) -> str:
     wanted = experiment.training.precision
     if where.kind == "cpu":
@@ -380,11 +369,15 @@ def _skeleton(experiment: Experiment, precision: str, labels: int, where: Device
     """Build the experiment's model on the meta device: every shape and dtype, no weight."""
     # A CPU stores in fp32 what is not quantized (`models.build_classifier`).
     stored = "fp32" if where.kind == "cpu" else precision
-    changed = experiment.override({"training.precision": stored, "model.random_weights": True})
+    # How long texts are, each plan says of its own; 2 fits any model.
+    changed = experiment.override({"training.precision": stored, "model.random_weights": True, "data.max_length": 2})
+    # Not another's in its place: RoBERTa and its kin have positions by it.
+    config: Any = models.load_config(experiment.model)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
     names = [f"label {place}" for place in range(labels)]
     rng = torch.get_rng_state()
     try:
-        model = models.build(changed, names, device=torch.device("meta"), pad_token_id=0)
+        model = models.build(changed, names, device=torch.device("meta"), pad_token_id=pad or 0)
     finally:
         torch.set_rng_state(rng)
     model = model.to("meta")
@@ -643,13 +636,12 @@ class Estimate:
 
     def __init__(self, experiment: Experiment, device: Device, labels: int = 77) -> None:
         self.device = device
-        config: Any = models.load_config(experiment.model)
         self.layers = models.layers_of(experiment.model)
-        self.positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         precision = _precision(experiment, device)
         counts = (2, 5) if self.layers > 6 else (self.layers,)
         self._plans = [experiment.override({"model.layers": count}) for count in counts]
         self._models = [_skeleton(each, precision, labels, device) for each in self._plans]
+        self.positions = models.positions_of(self._models[0])
         self._known: dict[tuple[int, int], int] = {}
 
     @property
@@ -1039,7 +1031,6 @@ def measure(
             model = models.build(experiment, [f"label {i}" for i in range(labels)], device=device, pad_token_id=0)
         if experiment.training.gradient_checkpointing:
             training.enable_checkpointing(model, experiment.training.use_reentrant)
-        _check_positions(model, experiment, length)
         if cuda:
             gc.collect()
             torch.cuda.empty_cache()
@@ -1067,7 +1058,7 @@ def _rows(model: nn.Module, rows: int, batch: int, length: int, labels: int, pad
 
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, inner.config.vocab_size, (rows, length), generator=generator).tolist()
+    ids = torch.randint(3, inner.config.get_text_config().vocab_size, (rows, length), generator=generator).tolist()
     short = max(length - max(length // 4, 1), 1)
     if padded:
         ids = [row if place % batch == 0 and batch > 1 else row[:short] for place, row in enumerate(ids)]

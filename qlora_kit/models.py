@@ -390,7 +390,7 @@ class PooledClassifier(nn.Module):
     mean starts from what the model already knows, which BERT's pooler (trained on another task) does not.
 
     Args:
-        base: The encoder, `AutoModel`'s class, with `hidden_size` in its config.
+        base: The encoder, `AutoModel`'s class, with `hidden_size` in its config's part about text.
         num_labels: Number of classes.
         head: `linear` or `cosine`.
     """
@@ -460,13 +460,14 @@ def start_head_from_class_means_(model: nn.Module, states: np.ndarray, labels: S
 
 
 def _head(kind: str, config: transformers.PretrainedConfig, num_labels: int) -> nn.Linear:
+    text: Any = config.get_text_config()
     if kind == "cosine":
-        layer: nn.Linear = CosineHead(config.hidden_size, num_labels)
+        layer: nn.Linear = CosineHead(text.hidden_size, num_labels)
     else:
-        layer = nn.Linear(config.hidden_size, num_labels)
+        layer = nn.Linear(text.hidden_size, num_labels)
         nn.init.zeros_(layer.bias)
     # It starts as transformers' own heads do.
-    nn.init.normal_(layer.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.normal_(layer.weight, std=getattr(text, "initializer_range", 0.02))
     return layer
 
 
@@ -597,7 +598,8 @@ def build(
         give equal weights.
 
     Raises:
-        KitError: For models that cannot be classifiers and target modules that the model does not have.
+        KitError: For models that cannot be classifiers, target modules that the model does not have, and texts that
+            are longer than it has positions for.
     """
     device = device or default_device()
     transformers.set_seed(experiment.training.seed)
@@ -662,6 +664,43 @@ def layers_of(spec: ModelSpec) -> int:
     return getattr(load_config(spec).get_text_config(), "num_hidden_layers", None) or 1
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """Return how many tokens a text of a model can have; None where its configuration names no limit.
+
+    RoBERTa and its kin number positions from the one after the pad token's id on (transformers,
+    `create_position_ids_from_input_ids`), so that of 514 positions a text has 512.
+
+    Args:
+        model: A classifier or its base, with or without adapters.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    most = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or most < 1:  # XLNet has -1
+        return None
+    for module in inner.modules():
+        # BERT's embeddings have no pad token's id of their own.
+        if hasattr(module, "position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(most - module.padding_idx - 1)
+    return int(most)
+
+
+def check_length(model: nn.Module, name: str, length: int, what: str = "length") -> None:
+    """Refuse texts that are longer than a model has positions for.
+
+    Args:
+        model: As `positions_of` takes it; its weights are not read.
+        name: What the model is called.
+        length: Tokens of the longest text.
+        what: What the length is called.
+
+    Raises:
+        KitError: When there are too few positions.
+    """
+    most = positions_of(model)
+    if most is not None and length > most:
+        raise KitError(f"{what} is {length}: {name} has {most} positions, and allowed is no more")
+
+
 def build_classifier(
     experiment: Experiment,
     label_names: Sequence[str],
@@ -672,13 +711,17 @@ def build_classifier(
     """Build the classifier alone: the base as it is stored and a fresh fp32 head, without adapters.
 
     Args:
-        experiment: Which model and quantization.
+        experiment: Which model and quantization, and how long its texts are.
         label_names: Names of the classes.
         device: Where it goes.
         pad_token_id: The tokenizer's.
 
     Returns:
         A `PooledClassifier` or one of transformers' classes for sequence classification, in eval mode.
+
+    Raises:
+        KitError: For models that cannot be classifiers, cannot be loaded, or have fewer positions than
+            `data.max_length`.
     """
     spec = experiment.model
     base = find_base(spec)
@@ -706,6 +749,7 @@ def build_classifier(
     auto = transformers.AutoModel if pooling == "mean" else transformers.AutoModelForSequenceClassification
     with torch.device("meta"), quiet(), _readable(spec.name):
         skeleton = auto.from_config(config)
+    check_length(skeleton, spec.name, experiment.data.max_length, "data.max_length")
     heads = [] if pooling == "mean" else head_modules(skeleton)
     with quiet(), _readable(spec.name):
         if spec.random_weights:

@@ -212,12 +212,16 @@ def test_a_plan_whose_evaluation_has_no_room_does_not_say_that_it_fits():
     assert "it fits" in str(memory.plan(shaped(model__layers=2), batch=1, length=1024, device="T4"))
 
 
-def test_bad_shapes_and_devices_are_refused():
+def test_bad_shapes_and_devices_are_refused(tiny_experiment):
     with pytest.raises(KitError, match="batch is 0"):
         memory.plan(shaped(model__layers=1), batch=0)
     experiment = shaped()
     with pytest.raises(KitError, match="1024 positions"):
         memory.plan(experiment, length=2048, device="T4")
+    roberta = tiny_experiment("roberta")  # its 130 positions begin behind the pad token's
+    memory.plan(roberta, length=129, labels=2, device="T4")
+    with pytest.raises(KitError, match=r"length is 130: .* has 129 positions"):
+        memory.plan(roberta, length=130, labels=2, device="T4")
     with pytest.raises(KitError, match="whole number above 0"):
         memory.plan(experiment, batch=-1, device="T4")
     with pytest.raises(KitError, match="Did you mean 'A100-80'"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import qlora_kit as qk
 from qlora_kit import models, records
 from qlora_kit._bnb import bnb
+from qlora_kit.errors import KitError
 from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec
 from qlora_kit.quantization import Quantization
 
@@ -514,29 +516,36 @@ def test_a_layer_is_let_go_before_the_next_is_quantized(tiny_experiment, monkeyp
     assert counts == list(range(len(alive), 0, -1))
 
 
-def test_a_configuration_in_parts_is_read_and_set_where_the_model_reads_it(tmp_path):
+@pytest.fixture
+def in_parts(tmp_path):
+    """Return an experiment whose base has a configuration in parts, of text and of vision."""
     config = transformers.Gemma3Config(
         text_config={
             "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 50, "max_position_embeddings": 64,
         },
-        vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     )  # fmt: skip
     config.architectures = ["Gemma3ForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    experiment = qk.preset("minilm_banking77_smoke").override(
+    return qk.preset("minilm_banking77_smoke").override(
         {
             "model.name": str(tmp_path),
             "model.random_weights": True,
             "model.pooling": "sequence_classification",
             "model.head": "linear",
             "model.head_init": "random",
+            "data.max_length": 64,
+            "lora.target_modules": ["q_proj"],
             "quantization.scheme": "none",
         }
     )
-    assert models.layers_of(experiment.model) == 2
-    assert models.layers_of(dataclasses.replace(experiment.model, layers=1)) == 1
-    model = models.build_classifier(experiment, ["a", "b"], device=torch.device("cpu"), pad_token_id=7)
+
+
+def test_a_configuration_in_parts_is_read_and_set_where_the_model_reads_it(in_parts):
+    assert models.layers_of(in_parts.model) == 2
+    assert models.layers_of(dataclasses.replace(in_parts.model, layers=1)) == 1
+    model = models.build_classifier(in_parts, ["a", "b"], device=torch.device("cpu"), pad_token_id=7)
     assert model.config.pad_token_id == model.config.text_config.pad_token_id == 7
     ids = torch.tensor([[5, 6, 9]])
     with torch.no_grad():
@@ -544,3 +553,40 @@ def test_a_configuration_in_parts_is_read_and_set_where_the_model_reads_it(tmp_p
         padded = torch.cat([ids, torch.full((1, 3), 7)], dim=1)
         beside = model(input_ids=padded, attention_mask=(padded != 7).long()).logits
     torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("pooling", "head"), [("mean", "linear"), ("mean", "cosine"), ("auto", "cosine")])
+def test_a_head_of_the_kits_own_is_as_wide_as_the_part_about_text(in_parts, pooling, head):
+    experiment = in_parts.override({"model.pooling": pooling, "model.head": head})
+    model = models.build_classifier(experiment, ["a", "b"], device=torch.device("cpu"), pad_token_id=7)
+    ids = torch.tensor([[5, 6, 9]])
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 2)
+
+
+def test_a_configuration_in_parts_is_measured_and_has_its_texts_limited(in_parts):
+    from qlora_kit import memory
+
+    found = memory.measure(in_parts, batch=2, length=16, steps=1, labels=2, parts=False)
+    assert len(found.losses) == 2
+    with pytest.raises(KitError, match=r"data\.max_length is 65: .* has 64 positions"):
+        models.build(in_parts.override({"data.max_length": 65}), ["a", "b"])
+    with pytest.raises(KitError, match=r"length is 65: .* has 64 positions"):
+        memory.plan(in_parts, length=65, labels=2)
+
+
+# A tiny model of each architecture, and how many tokens it numbers: RoBERTa counts from the pad token's id on.
+POSITIONS = {"bert": 512, "roberta": 129, "distilbert": 512, "gpt2": 1024, "opt": 2048}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_texts_as_long_as_a_model_has_positions_are_taken_and_longer_ones_refused(tiny_experiment, name):
+    most = POSITIONS[name]
+    experiment = tiny_experiment(name, quantization__scheme="none", data__max_length=most)
+    model = models.build(experiment, ["a", "b"], device=torch.device("cpu"), pad_token_id=0)
+    assert models.positions_of(model) == most
+    for length in (most, most + 1):
+        ids = torch.full((1, length), 5)
+        with torch.no_grad(), contextlib.nullcontext() if length == most else pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with pytest.raises(KitError, match=f"data.max_length is {most + 1}: .* has {most} positions"):
+        models.build(experiment.override({"data.max_length": most + 1}), ["a", "b"])

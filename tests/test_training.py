@@ -240,10 +240,12 @@ def test_bad_input_leaves_no_run_folder(topics, tiny_experiment, tmp_path):
         ({"model__name": "./nowhere"}, "no model folder"),
         ({"lora__target_modules": ["no_such_layer"]}, "no_such_layer"),
         ({"data__too_long": "refuse", "data__max_length": 8}, "token"),
+        # Its tokenizer would take 512.
+        ({"architecture": "roberta", "data__max_length": 130}, r"data\.max_length is 130: .* has 129 positions"),
     ):
-        experiment = tiny_experiment("bert", **changes)
+        experiment = tiny_experiment(changes.pop("architecture", "bert"), **changes)
         data = topics
-        if "data__too_long" in changes:
+        if "data__max_length" in changes:
             data = qk.data.dataclasses.replace(topics, spec=experiment.data)
         with pytest.raises(ValueError, match=message):
             qk.finetune(experiment, data=data, out=tmp_path, progress=False)
