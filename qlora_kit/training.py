@@ -891,7 +891,6 @@ def _summary(
             }
         )
         before = step
-    seconds = sum(entry["epoch_seconds"] for entry in measured.values())
     best = trainer.state.best_global_step if experiment.training.keep_best else None
     trainable, everything = models.trainable_parameters(trainer.model)
     return {
@@ -914,7 +913,7 @@ def _summary(
         "memory": {"planned_bytes": _planned(trainer, experiment, len(data.label_names)), **peak_memory()},
         "timing": {
             "train_seconds": train_seconds,
-            "step_seconds": seconds / max(trainer.state.global_step, 1),
+            "step_seconds": _step_seconds(measured, experiment.training),
             "samples_per_second": _rate(measured, "epoch_rows"),
             "tokens_per_second": _rate(measured, "epoch_tokens"),
             "total_seconds": total_seconds,
@@ -945,6 +944,14 @@ def _planned(trainer: KitTrainer, experiment: Experiment, labels: int) -> int | 
         # A finished run is worth more than its plan.
         logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)
         return None
+
+
+def _step_seconds(measured: Mapping[float, Mapping[str, float]], spec: TrainingSpec) -> float | None:
+    # Of the steps that were timed: those of an epoch that was cut off, up to its checkpoint, were not.
+    steps = sum(
+        math.ceil(entry["epoch_rows"] / (spec.batch_size * spec.gradient_accumulation)) for entry in measured.values()
+    )
+    return sum(entry["epoch_seconds"] for entry in measured.values()) / steps if steps else None
 
 
 def _rate(measured: Mapping[float, Mapping[str, float]], what: str) -> float | None:
