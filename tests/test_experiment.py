@@ -120,6 +120,35 @@ def test_presets_say_their_command_and_what_each_knob_costs(pytestconfig):
         assert not re.search(r"\bTODO\b", text)
 
 
+def test_a_figure_in_a_presets_comment_is_what_the_library_computes(pytestconfig):
+    folder = pytestconfig.rootpath / "qlora_kit" / "presets"
+    data = qk.banking77()
+    texts = [text for rows in data.splits().values() for text in rows.texts]
+    for model in ("minilm", "smollm2-135m"):
+        spec = qk.preset(f"{model}_banking77_recipe").model
+        lengths = qk.data.token_lengths(qk.models.load_tokenizer(spec), texts)
+        files = list(folder.glob(f"{model}_*.yaml"))
+        assert files
+        for file in files:
+            text = file.read_text()
+            assert "_smoke" in file.name or f"the longest question has {max(lengths)} tokens" in text, file.name
+            mean = f"where a question has {lengths.mean():.0f} on average"
+            assert "on average" not in text or mean in text, file.name
+
+    shape = qk.preset("dialogpt-medium_banking77_recipe").override({"model.name": "shape:dialogpt-medium"})
+    recipe, halves = (
+        {name: size / 2**20 for name, size in qk.memory.plan(changed, batch=1, length=16, device="T4").parts.items()}
+        for changed in (shape, shape.override({"training.prepare_for_kbit_training": False}))
+    )
+    kept = ("base, embeddings", "base, norms and biases")
+    words = (
+        f"embeddings and norms to fp32: {sum(recipe[name] for name in kept):.0f} MiB of the "
+        f"{sum(recipe[name] for name in qk.memory.WEIGHTS):.0f} that the base then takes, where 16 bits would be "
+        f"{sum(halves[name] for name in kept):.0f}"
+    )
+    assert words in (folder / "dialogpt-medium_banking77_recipe.yaml").read_text()
+
+
 def test_optimizers_and_schedules_are_names_that_transformers_has():
     known = {item.value for item in transformers.training_args.OptimizerNames}
     schedules = {item.value for item in transformers.SchedulerType}
