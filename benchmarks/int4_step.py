@@ -161,7 +161,7 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> Iterator[di
             "batch": options.batch,
             "length": length,
             "step_seconds": statistics.median(wall[name]),
-            "step_seconds_quartiles": statistics.quantiles(wall[name], n=4)[::2],
+            "step_seconds_quartiles": quartiles(wall[name]),
             "device_seconds": device[name],
             "times_nf4": statistics.median(wall[name]) / statistics.median(wall["nf4"]),
             "repeats": options.repeats,
@@ -173,6 +173,11 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> Iterator[di
         step_ms, times = 1e3 * row["step_seconds"], row["times_nf4"]
         print(f"{shape} length {length} {name}: {step_ms:.2f} ms, {times:.3f} of nf4's{kernels}{peak}", flush=True)
         yield row
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    """The first and the third; a single value is both."""
+    return statistics.quantiles(seconds, n=4)[::2] if len(seconds) > 1 else seconds * 2
 
 
 def timed(step: Callable[[], None], device: str) -> float:

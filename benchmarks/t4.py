@@ -26,13 +26,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 T4_BYTES = 15 * 2**30
+MARK = 10
+"""Steps between two readings of the clock."""
 PRESETS = {"ours": "dialogpt-medium_banking77_qlora", "recipe": "dialogpt-medium_banking77_recipe"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe-steps", type=int, default=100, help="steps of the recipe that are measured (100)")
-    parser.add_argument("--our-steps", type=int, default=None, help="steps of the kit's preset; all of four epochs")
+    parser.add_argument("--recipe-steps", type=timed, default=100, help="steps of the recipe that are measured (100)")
+    parser.add_argument("--our-steps", type=timed, default=None, help="steps of the kit's preset; all of four epochs")
     parser.add_argument("--out", default="results/t4.json")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,12 +70,20 @@ def main() -> int:
     return 0
 
 
+def timed(text: str) -> int:
+    """Return a number of steps in which the clock is read twice or more."""
+    if not text.isdigit() or int(text) < 2 * MARK:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are {2 * MARK} steps or more, for the clock is read every {MARK}")
+    return int(text)
+
+
 def train(contender: str, steps: int | None) -> dict[str, Any]:
     """Train a preset within a T4's memory, and return its row."""
     import torch
     from transformers import TrainerCallback
 
     import qlora_kit as qk
+    from qlora_kit import training
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, T4_BYTES / total))
@@ -92,7 +102,7 @@ def train(contender: str, steps: int | None) -> dict[str, Any]:
             self.marks: list[float] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step % 10 == 0:
+            if state.global_step % MARK == 0:
                 torch.cuda.synchronize()
                 self.marks.append(time.perf_counter())
 
@@ -100,10 +110,10 @@ def train(contender: str, steps: int | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = qk.finetune(experiment, out=folder, progress=False, callbacks=[clock])
         record = run.training
-    ten = statistics.median(later - sooner for sooner, later in zip(clock.marks, clock.marks[1:], strict=False))
-    batch = experiment.training.batch_size
-    epoch_steps = -(-record["rows"]["train"] // batch)
-    whole = steps is None
+    marked = statistics.median(later - sooner for sooner, later in zip(clock.marks, clock.marks[1:], strict=False))
+    step_seconds, batch = marked / MARK, experiment.training.batch_size
+    every = training.total_steps(qk.preset(PRESETS[contender]).training, record["rows"]["train"])
+    whole = record["steps"] == every
     return {
         "contender": contender,
         "preset": PRESETS[contender],
@@ -111,10 +121,10 @@ def train(contender: str, steps: int | None) -> dict[str, Any]:
         "batch": batch,
         "steps": record["steps"],
         "epochs": experiment.training.epochs if whole else None,
-        "step_seconds": ten / 10,
-        "samples_per_second": record["timing"]["samples_per_second"] if whole else batch * 10 / ten,
+        "step_seconds": step_seconds,
+        "samples_per_second": record["timing"]["samples_per_second"] if whole else batch / step_seconds,
         # Of a part of the steps, the rest is taken to be as long; evaluation is then left out.
-        "epochs_seconds": record["timing"]["train_seconds"] if whole else 4 * epoch_steps * ten / 10,
+        "epochs_seconds": record["timing"]["train_seconds"] if whole else every * step_seconds,
         "measured": whole,
         "peak_bytes": record["memory"]["peak_bytes"],
         "reserved_bytes": record["memory"]["reserved_bytes"],
