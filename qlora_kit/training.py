@@ -451,7 +451,7 @@ def training_arguments(
         steps: Optimizer steps in all, for the warm-up.
         tracked: Whether a W&B run is open.
         progress: Whether to show progress bars.
-        eval_rows: Rows a forward pass in evaluation; by default as many as a step has.
+        eval_rows: Rows a forward pass in evaluation; by default `training.eval_batch_size`, or as many as a step has.
 
     Returns:
         The arguments. Names are those that transformers 5.17 and 5.24 have in common.
@@ -462,7 +462,7 @@ def training_arguments(
         num_train_epochs=spec.epochs,
         max_steps=spec.max_steps or -1,
         per_device_train_batch_size=spec.batch_size,
-        per_device_eval_batch_size=eval_rows or spec.batch_size,
+        per_device_eval_batch_size=eval_rows or spec.eval_batch_size or spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
@@ -748,8 +748,10 @@ def _trainer(
 
 
 def total_steps(spec: TrainingSpec, rows: int) -> int:
-    """Return how many optimizer steps training on so many rows takes."""
-    return spec.max_steps or math.ceil(rows / (spec.batch_size * spec.gradient_accumulation) * spec.epochs)
+    """Return how many optimizer steps training on so many rows takes, as the Trainer counts them."""
+    # The last batch of an epoch, and the last step, may have fewer.
+    each_epoch = math.ceil(math.ceil(rows / spec.batch_size) / spec.gradient_accumulation)
+    return spec.max_steps or math.ceil(each_epoch * spec.epochs)
 
 
 def trainer_data(

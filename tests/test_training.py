@@ -69,7 +69,7 @@ def finished(topics, tiny, tmp_path_factory):
 
 
 def test_a_run_folder_holds_what_the_contracts_say(finished):
-    run, _ = finished
+    run, experiment = finished
     found = {item.relative_to(run.path).parts[0] for item in run.path.rglob("*") if item.is_file()}
     assert found == {
         "experiment.yaml",
@@ -87,6 +87,7 @@ def test_a_run_folder_holds_what_the_contracts_say(finished):
         split: len(rows) for split, rows in qk.data.load_saved(run.path / "data").splits().items()
     }
     assert len(record["epochs"]) == 3
+    assert record["steps"] == training.total_steps(experiment.training, record["rows"]["train"])
     for epoch in record["epochs"]:
         assert set(epoch["validation"]) == {"accuracy", "f1_macro", "f1_weighted", "loss"}
         assert epoch["timing"]["tokens_per_second"] > epoch["timing"]["samples_per_second"] > 0
@@ -353,6 +354,15 @@ def test_only_arguments_that_old_and_new_transformers_share_are_used():
         "overwrite_output_dir", "save_safetensors", "logging_dir", "restore_callback_states_from_checkpoint",
     }  # fmt: skip
     assert used and not used & gone_or_new
+
+
+@pytest.mark.parametrize(("own", "given", "rows"), [(None, None, 16), (5, None, 5), (5, 7, 7)])
+def test_an_evaluation_has_the_rows_that_were_asked_for(tmp_path, own, given, rows):
+    spec = TrainingSpec(batch_size=16, eval_batch_size=own)
+    arguments = training.training_arguments(
+        spec, tmp_path, device=CPU, precision="fp32", steps=1, tracked=False, progress=False, eval_rows=given
+    )
+    assert arguments.per_device_eval_batch_size == rows
 
 
 def test_buckets_pad_less_than_shuffled_batches(topics, tiny_experiment, tmp_path):
