@@ -350,7 +350,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def figure(result: dict[str, Any]) -> Any:
     """Draw the scores of `results/accuracy.json`."""
-    from qlora_kit import plots
+    from qlora_kit import evaluation, plots
 
     def place(row: Mapping[str, Any]) -> tuple[bool, int]:
         # The default model before others; a CPU, which everybody has, before a GPU.
@@ -361,9 +361,9 @@ def figure(result: dict[str, Any]) -> Any:
     for row in sorted(result["rows"], key=place):
         name = row["preset"].replace("_banking77", "").replace("_", " ")
         scores.setdefault(f"{name}, {plots.short_device(row['device'])}", []).append(row["f1_macro"])
-    names = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
     baselines = {
-        names[name]: baseline["f1_macro"]["value"] for name, baseline in (result.get("baselines") or {}).items()
+        evaluation.BASELINE_NAMES[name]: baseline["f1_macro"]["value"]
+        for name, baseline in (result.get("baselines") or {}).items()
     }
     return plots.accuracy(scores, baselines)
 

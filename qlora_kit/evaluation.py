@@ -29,6 +29,8 @@ METRICS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 RESAMPLES = 2000
 # Tried for each baseline; the one with the best macro F1 on validation is taken.
 BASELINE_C = {"tfidf_svm": (0.1, 0.3, 1.0), "embedding_svm": (0.3, 1.0, 3.0)}
+# What figures and tables call them, in the order in which they stand there.
+BASELINE_NAMES = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
 
 _DRAWN = 1_000_000  # row numbers drawn at a time, to bound memory
 
@@ -168,6 +170,20 @@ def paired_difference(
     )
     value = float(difference(np.bincount(cell_of_row, minlength=cells.shape[1])[None])[0])
     return _interval(value, drawn)
+
+
+def lead_in_words(difference: Mapping[str, float]) -> str:
+    """Say what a difference of scores shows of its first contender against the other: higher is better.
+
+    Args:
+        difference: `value`, `low` and `high`, from `paired_difference` of any metric but the loss.
+
+    Returns:
+        `ahead`, `behind`, or, where the interval has 0 in it, `not told apart by these test rows`.
+    """
+    if difference["low"] > 0:
+        return "ahead"
+    return "behind" if difference["high"] < 0 else "not told apart by these test rows"
 
 
 def cross_entropy(logits: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -136,6 +136,18 @@ def test_a_pair_is_told_apart_where_single_intervals_overlap():
     noise = logits + rng.normal(scale=0.01, size=logits.shape)
     none = evaluation.paired_difference(noise, logits, labels)
     assert none["low"] <= 0 <= none["high"]
+    apart = [evaluation.lead_in_words(found) for found in (gap, flipped, none)]
+    assert apart == ["ahead", "behind", "not told apart by these test rows"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.1), (-0.1, 0.0), (0.0, 0.0)])
+def test_an_interval_that_touches_0_tells_nothing_apart(low, high):
+    words = evaluation.lead_in_words({"value": (low + high) / 2, "low": low, "high": high})
+    assert words == "not told apart by these test rows"
+
+
+def test_every_baseline_has_a_name_for_figures():
+    assert set(evaluation.BASELINE_NAMES) == set(evaluation.BASELINE_C)
 
 
 @pytest.mark.parametrize("metric", evaluation.METRICS)
