@@ -73,7 +73,9 @@ def main() -> int:
 def timed(text: str) -> int:
     """Return a number of steps in which the clock is read twice or more."""
     if not text.isdigit() or int(text) < 2 * MARK:
-        raise argparse.ArgumentTypeError(f"{text}: allowed are {2 * MARK} steps or more, for the clock is read every {MARK}")
+        raise argparse.ArgumentTypeError(
+            f"{text}: allowed are {2 * MARK} steps or more, for the clock is read every {MARK}"
+        )
     return int(text)
 
 
