@@ -33,6 +33,7 @@ _EXPORTS = {
     "load_run": "records",
     "newest_run": "records",
     "zip_results": "export",
+    "download_results": "export",
     "Search": "searching",
     "search": "searching",
 }
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .experiment import preset as preset
     from .experiment import presets as presets
     from .experiment import resolve_preset as resolve_preset
+    from .export import download_results as download_results
     from .export import zip_results as zip_results
     from .quantization import Quantization as Quantization
     from .records import Run as Run

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -426,3 +428,23 @@ def zip_results(out: str | Path, to: str | Path | None = None) -> Path:
         finally:
             aside.unlink(missing_ok=True)
     return target
+
+
+def download_results(out: str | Path) -> Path | None:
+    """Hand a folder's results to the browser where Colab is, whose disk is gone when the runtime ends; else say where.
+
+    Args:
+        out: As `zip_results` takes it.
+
+    Returns:
+        The zip that is downloaded; None outside Colab, where nothing is made.
+
+    Raises:
+        KitError: As `zip_results`, in Colab.
+    """
+    if "google.colab" not in sys.modules:  # in Colab the kernel has imported it
+        print(f"Everything is in {out}. As one file: qk.zip_results({str(out)!r})")
+        return None
+    made = zip_results(out)
+    importlib.import_module("google.colab.files").download(str(made))
+    return made

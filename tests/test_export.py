@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -234,3 +235,22 @@ def test_results_go_into_one_zip_without_checkpoints_and_rows(trained, tmp_path)
         qk.zip_results(tmp_path / "empty")
     with pytest.raises(qk.KitError, match="no folder"):
         qk.zip_results(tmp_path / "missing")
+
+
+def test_results_are_downloaded_in_colab_and_elsewhere_only_told_of(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "latest"
+    out.mkdir()
+    (out / "02_finetune.json").write_text("{}")
+    assert qk.download_results(out) is None
+    assert capsys.readouterr().out == f"Everything is in {out}. As one file: qk.zip_results({str(out)!r})\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+    # Colab's own module is in no package: what stands in for it here is a browser that notes what it is handed.
+    handed: list[str] = []
+    (files := types.ModuleType("google.colab.files")).download = handed.append
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.setitem(sys.modules, "google.colab.files", files)
+    made = qk.download_results(out)
+    assert made == tmp_path / "latest.zip" and handed == [str(made)]
+    assert zipfile.ZipFile(made).namelist() == ["latest/02_finetune.json"]
+    assert capsys.readouterr().out == ""
