@@ -1277,3 +1277,51 @@ def _allocations(profiler: Any) -> Iterator[tuple[int, int]]:
         kind, extra = event.typed
         if kind == _EventType.Allocation and extra.device.type == "cpu":
             yield event.start_time_ns, extra.alloc_size
+
+
+# --- a comparison -----------------------------------------------------------------------------------------------
+
+
+def compare(
+    experiment: Experiment,
+    ways: Mapping[str, tuple[str, str, Mapping[str, Any]]],
+    *,
+    batch: int | None = None,
+    length: int | None = None,
+    steps: int = 3,
+) -> Iterator[dict[str, Any]]:
+    """Plan, then measure, the same model trained in several ways, at one shape of a batch.
+
+    Args:
+        experiment: The model, and what the ways do not change.
+        ways: By label the method and the scheme, as `with_method` takes them, and changes on top of these.
+        batch: Rows a step; by default the experiment's.
+        length: Tokens a row, padding included; by default `data.max_length`.
+        steps: Steps to time, for each way.
+
+    Yields:
+        A row a way, as soon as it is measured, for tables, `plots.memory_parts` and `plots.memory_against_time`:
+        `label`, `method`, `scheme`, `changes`, `batch`, `length`; in bytes `parts` and `planned` of the plan, and
+        `measured`, `counted`, `measured_parts`, `reserved` and `paged` of the measurement; `step_seconds`. Where the
+        GPU's memory did not suffice, `measured`, `reserved` and `step_seconds` are None.
+    """
+    for label, (method, scheme, changes) in ways.items():
+        spec = with_method(experiment, method, scheme).override(dict(changes))
+        planned = plan(spec, batch=batch, length=length)
+        measured = measure(spec, batch=batch, length=length, steps=steps)
+        yield {
+            "label": label,
+            "method": method,
+            "scheme": scheme,
+            "changes": dict(changes),
+            "batch": planned.batch,
+            "length": planned.length,
+            "parts": planned.parts,
+            "planned": planned.total,
+            "measured": measured.total,
+            "counted": measured.counted,
+            "measured_parts": measured.parts,
+            "reserved": measured.reserved,
+            "paged": measured.paged,
+            "step_seconds": measured.step_seconds,
+        }

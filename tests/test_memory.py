@@ -429,6 +429,26 @@ def test_plan_in_a_terminal(capsys):
     assert "Did you mean 'T4'" in capsys.readouterr().err
 
 
+def test_a_comparison_has_each_way_at_one_shape_and_its_own_changes(tiny_experiment):
+    experiment = tiny_experiment("bert", data__max_length=16)
+    ways = {
+        "full": ("full", "none", {}),
+        "LoRA": ("lora", "none", {}),
+        "nf4": ("qlora", "nf4", {}),
+        "nf4, checkpointing": ("qlora", "nf4", {"training.gradient_checkpointing": True}),
+    }
+    rows = list(memory.compare(experiment, ways, batch=2, steps=1))
+    assert [row["label"] for row in rows] == list(ways)
+    assert memory.same_shape(rows) == (2, 16)
+    for row in rows:
+        assert row["planned"] == pytest.approx(row["measured"], rel=0.02), row["label"]
+        assert row["step_seconds"] > 0
+    full, lora, nf4, checkpointed = (row["parts"] for row in rows)
+    assert lora["optimizer"] < full["optimizer"]
+    assert nf4["base, linear layers"] < lora["base, linear layers"]
+    assert checkpointed["activations"] < nf4["activations"]
+
+
 def test_figures_of_memory(tmp_path):
     from qlora_kit import plots
 
