@@ -230,6 +230,7 @@ def plan(
     *,
     batch: int | None = None,
     length: int | None = None,
+    evaluation_length: int | None = None,
     device: str | Device | None = None,
     labels: int = 77,
     padded: bool = True,
@@ -244,6 +245,7 @@ def plan(
         experiment: What is to be trained.
         batch: Rows a step; by default the experiment's.
         length: Tokens a row; by default `data.max_length`.
+        evaluation_length: Tokens a row in evaluation; by default `length`.
         device: A name of `DEVICES`, or None for this machine's.
         labels: Number of classes.
         padded: Whether batches have padding; without it attention needs no mask.
@@ -258,12 +260,14 @@ def plan(
     spec = experiment.training
     batch = spec.batch_size if batch is None else batch
     length = experiment.data.max_length if length is None else length
+    evaluation_length = length if evaluation_length is None else evaluation_length
     _check_shape(batch, length)
+    _check_shape(batch, evaluation_length)
     precision = _precision(experiment, where)
     model = _skeleton(experiment, precision, labels, where)
     peak, paged, cublas = _train(experiment, model, batch, length, where, padded)
     rows = training.evaluation_rows(experiment, where.kind, batch)
-    evaluation = _evaluate(experiment, model, rows, length, where, padded)
+    evaluation = _evaluate(experiment, model, rows, evaluation_length, where, padded)
     parts, details = _sum_up(peak)
     if cublas:
         parts["cuBLAS"] = cublas
@@ -278,7 +282,7 @@ def plan(
         reserved=peak.reserved + cublas,
         paged=paged,
         phase=peak.phase,
-        evaluation=sum(size for _, size in evaluation.alive) + cublas,
+        evaluation=evaluation,
         evaluation_rows=rows,
         details=details,
         parameters=models.trainable_parameters(model),
@@ -309,14 +313,13 @@ def _train(
     with _recorded(experiment, model, length, where, padded) as (step, autocast):
         paged = step.hold_optimizer()
         step.run(_batch(batch, length), autocast)
-    # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
-    return replay(step.tape.events, caching=where.kind == "cuda"), paged, where.cublas * (2 if step.graphs else 1)
+    return replay(step.tape.events, caching=where.kind == "cuda"), paged, step.cublas
 
 
 def _evaluate(
     experiment: Experiment, model: nn.Module, rows: int, length: int, where: Device, padded: bool = True
-) -> Peak:
-    """Run one forward pass of a skeleton as the Trainer does between two steps."""
+) -> int:
+    """Run one forward pass of a skeleton as the Trainer does between two steps: most bytes allocated at once."""
     with _recorded(experiment, model, length, where, padded) as (step, autocast), torch.no_grad():
         step.hold_optimizer()
         batch = _batch(rows, length)
@@ -327,7 +330,7 @@ def _evaluate(
         with autocast:
             model(**batch)
         model.train()
-    return replay(step.tape.events, caching=where.kind == "cuda")
+    return sum(size for _, size in replay(step.tape.events, caching=where.kind == "cuda").alive) + step.cublas
 
 
 def _sum_up(peak: Peak) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
@@ -438,6 +441,8 @@ class _Step:
         self.optimizer: Any = None
         self.gradients: graphs.Gradients | None = None
         self.graphs = graphs.obstacle(experiment.training, model, where.kind) is None
+        # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
+        self.cublas = where.cublas * (2 if self.graphs else 1)
 
     def hold_weights(self) -> None:
         """Count the weights, by kind."""
@@ -665,6 +670,15 @@ class Estimate:
                 ]
             )
         return self._known[key]
+
+    def evaluation(self, rows: int, length: int) -> int:
+        """Return the most bytes that an evaluation of so many rows a forward pass allocates at once."""
+        return self._whole(
+            [
+                _evaluate(each, model, rows, length, self.device)
+                for each, model in zip(self._plans, self._models, strict=True)
+            ]
+        )
 
     def _reserved(self, experiment: Experiment, model: nn.Module, batch: int, length: int) -> int:
         peak, _, cublas = _train(experiment, model, batch, length, self.device)

@@ -835,6 +835,7 @@ def _plan_says(experiment: Experiment, device: memory.Device | None = None) -> s
     try:
         device = device or memory.find_device()
         planned, fitting = {}, {}
+        evaluation, rows = 0, evaluation_rows(experiment, device.kind)
         for recompute in {spec.gradient_checkpointing, True} if device.bytes else ():
             estimate = memory.Estimate(experiment.override({"training.gradient_checkpointing": recompute}), device)
             planned[recompute] = estimate.bytes(spec.batch_size, length)
@@ -842,6 +843,8 @@ def _plan_says(experiment: Experiment, device: memory.Device | None = None) -> s
             while batch and estimate.bytes(batch, length) > device.bytes:
                 batch //= 2
             fitting[recompute] = batch
+            if recompute == spec.gradient_checkpointing:
+                evaluation = estimate.evaluation(rows, length)
     except Exception as error:
         # The error that is being told is worth more than its plan.
         logger.warning("no memory plan of this run: %s: %s", type(error).__name__, error)
@@ -850,6 +853,8 @@ def _plan_says(experiment: Experiment, device: memory.Device | None = None) -> s
         return ""
     words = f"The plan says {planned[spec.gradient_checkpointing] / 2**20:,.0f} MiB of {device.bytes / 2**20:,.0f}"
     if fitting[spec.gradient_checkpointing] == spec.batch_size:
+        if evaluation > device.bytes:
+            return f"{words} MiB, and {evaluation / 2**20:,.0f} MiB for an evaluation of {rows} rows at a time. "
         return f"{words} MiB, which fits: look whether something else is on the GPU (nvidia-smi). "
     would = [
         f"batch {batch}{' with' if recompute else ' without'} checkpointing"
@@ -937,10 +942,11 @@ def _planned(trainer: KitTrainer, experiment: Experiment, labels: int) -> int | 
     """Return what the plan says of the longest batch, in training and in evaluation."""
     from . import memory
 
-    rows: Any = trainer.train_dataset
     pad: Any = trainer.data_collator
+    splits: Any = (trainer.train_dataset, trainer.eval_dataset)
     try:
-        plan = memory.plan(experiment, length=pad.width(max(rows.lengths)), labels=labels)
+        train, validation = (pad.width(max(rows.lengths)) for rows in splits)
+        plan = memory.plan(experiment, length=train, evaluation_length=validation, labels=labels)
         return max(plan.total, plan.evaluation)
     except Exception as error:
         # A finished run is worth more than its plan.

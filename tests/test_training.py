@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -111,6 +112,29 @@ def test_the_loss_falls_and_is_the_golden_one(finished):
 
 # Rounding differs between processors and versions of torch in the last digits, not in the third.
 GOLDEN = [1.7997, 1.8195, 1.7824, 1.8050]
+
+
+def test_the_plan_of_a_run_is_that_of_its_longest_rows_in_training_and_in_evaluation(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment("bert", training__max_steps=1)
+    texts = tuple(" ".join([text] * 2) for text in topics.validation.texts)
+    data = dataclasses.replace(topics, validation=dataclasses.replace(topics.validation, texts=texts))
+    run = qk.finetune(experiment, data=data, out=tmp_path, progress=False)
+    tokenizer = models.load_tokenizer(experiment.model)
+    longest = {
+        name: max(len(row) for row in qk.data.tokenize(tokenizer, split.texts, 128, "cut"))
+        for name, split in data.splits().items()
+    }
+    assert longest["train"] < longest["validation"] < 128
+    plan = qk.memory.plan(
+        run.experiment,
+        length=longest["train"],
+        evaluation_length=longest["validation"],
+        labels=len(data.label_names),
+        device="cpu",
+    )
+    assert run.training["memory"]["planned_bytes"] == plan.evaluation > plan.total
+    alike = qk.memory.plan(run.experiment, length=longest["train"], labels=len(data.label_names), device="cpu")
+    assert alike.total == plan.total and alike.evaluation < plan.evaluation
 
 
 def test_real_tokens_are_counted_not_padding(finished, topics):
