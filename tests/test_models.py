@@ -259,6 +259,16 @@ def test_embedded_models_come_from_their_packages_and_are_checked(monkeypatch, t
         models.find_base(ModelSpec("embedded:gon"))
 
 
+def test_a_bases_checksum_is_that_of_its_weights_as_they_are_now(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("bert"), folder)
+    spec, weights = ModelSpec(str(folder)), folder / "model.safetensors"
+    found = [models.find_base(spec).checksum for _ in range(2)]
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    found.append(models.find_base(spec).checksum)
+    assert found[0] == found[1] != found[2] == models.sha256(weights)
+
+
 def test_models_that_do_not_fit_are_refused_in_one_line(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"no model: config\.json is missing"):
         models.find_base(ModelSpec(str(tmp_path)))
