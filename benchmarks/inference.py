@@ -178,7 +178,7 @@ def timed(classify: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> flo
 
 
 def four_bit(run: Any) -> Callable[[Sequence[str]], Any]:
-    return lambda texts: run.predict(texts).labels
+    return lambda texts: run.predict(texts, batch_size=64).labels
 
 
 def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:

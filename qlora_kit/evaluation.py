@@ -466,7 +466,7 @@ def evaluate(
             for another run on the same data and base is taken as it is.
         data: The data, where it is at hand already; it must be the rows that the run was trained on.
         resamples: For the intervals.
-        batch_size: Texts a forward pass; None takes as many as evaluations during its training had, here
+        batch_size: Texts a forward pass; None takes as many as evaluations during its training have here
             (`qlora_kit.training.evaluation_rows`).
         progress: Show progress bars.
 
@@ -485,10 +485,7 @@ def evaluate(
     data = data_of(run, data)
     names = data.label_names
     run.load()  # so that the timing below is of predictions, not of reading weights
-    if batch_size is None:
-        from . import training
-
-        batch_size = training.evaluation_rows(run.experiment, _device(run).type)
+    batch_size = run.evaluation_rows if batch_size is None else batch_size
     predict_start = time.perf_counter()
     test = run.predict(data.test.texts, batch_size=batch_size, progress="test" if progress else None).logits
     predict_seconds = time.perf_counter() - predict_start

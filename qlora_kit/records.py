@@ -484,12 +484,22 @@ class Run:
             )
         return self._model, self._tokenizer
 
-    def predict(self, texts: Sequence[str], *, batch_size: int = 64, progress: str | None = None) -> Predictions:
+    @functools.cached_property
+    def evaluation_rows(self) -> int:
+        """Texts a forward pass, where nothing else is asked for: what its training's evaluations would have here."""
+        from . import models, training
+
+        return training.evaluation_rows(self.experiment, models.default_device().type)
+
+    def predict(
+        self, texts: Sequence[str], *, batch_size: int | None = None, progress: str | None = None
+    ) -> Predictions:
         """Classify texts.
 
         Args:
             texts: The texts. A single string is refused, for its letters would be taken for texts.
-            batch_size: Texts a forward pass; the result does not depend on it beyond rounding.
+            batch_size: Texts a forward pass, by default `evaluation_rows`; the result does not depend on it beyond
+                rounding.
             progress: Label of a progress bar, or None for none.
 
         Returns:
@@ -517,7 +527,7 @@ class Run:
             device=device,
             precision=models.precision_of(self.experiment, device),
             max_length=self.experiment.data.max_length,
-            batch_size=batch_size,
+            batch_size=self.evaluation_rows if batch_size is None else batch_size,
             too_long=self.experiment.data.too_long,
             progress=progress,
         ).reshape(len(texts), len(self.label_names))

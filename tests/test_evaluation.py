@@ -308,6 +308,22 @@ def test_a_report_comes_from_the_run_folder_alone(run, topics):
     assert report["timing"]["predict_seconds"] > 0
 
 
+def test_a_forward_pass_has_the_rows_of_trainings_evaluations_unless_told_otherwise(run, topics):
+    opened = qk.load_run(run.path)
+    opened.experiment = opened.experiment.override({"training.eval_batch_size": 3})
+    seen: list[int] = []
+    model, _ = opened.load()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    opened.predict(topics.test.texts[:7])
+    assert seen == [3, 3, 1]
+    seen.clear()
+    opened.predict(topics.test.texts[:7], batch_size=5)
+    assert seen == [5, 2]
+    assert run.evaluation_rows == 64  # a CPU's
+
+
 def test_a_report_is_the_same_twice(run):
     def timeless(tree):
         if isinstance(tree, dict):
