@@ -1006,11 +1006,11 @@ def measure(
         What was measured. Out of memory is a result, not an error: `fits` is False.
 
     Raises:
-        KitError: For shapes that cannot be, or a snapshot without a GPU.
+        KitError: For shapes that cannot be, a snapshot without a GPU, or a current GPU that is not the first.
     """
     batch, length = batch or experiment.training.batch_size, length or experiment.data.max_length
     _check_shape(batch, length)
-    device = models.default_device()
+    device = training.trainers_device(models.default_device())
     cuda = device.type == "cuda"
     if snapshot is not None and not cuda:
         raise KitError("a snapshot is CUDA's memory history: there is no GPU here")

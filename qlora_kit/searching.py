@@ -489,7 +489,7 @@ class _Searcher(training.KitTrainer):
         )
         self.best_epoch = experiment.training.keep_best
         self.space, self.data, self.tokenizer, self.folder = space, data, tokenizer, folder
-        self.device = models.default_device()
+        self.device = training.trainers_device(models.default_device())
         super().__init__(
             spec=self.start.training,
             lengths=[len(row) for row in tokens["train"]],

@@ -526,6 +526,26 @@ def evaluation_rows(experiment: Experiment, device: str, batch: int | None = Non
     return min((batch or spec.batch_size) * rows, MOST_EVAL_ROWS)
 
 
+def trainers_device(device: torch.device) -> torch.device:
+    """Return a device if the Trainer would train on it.
+
+    transformers' `TrainingArguments` make the first GPU the current one, whichever was current before
+    (training_args.py, `_setup_devices`): a model on another would be trained across two.
+
+    Args:
+        device: Where a run is to be made.
+
+    Raises:
+        KitError: When it is a GPU other than the first.
+    """
+    if device.index:
+        raise KitError(
+            f"the current GPU is {device}, and transformers' Trainer takes the first that it sees: instead of "
+            "torch.cuda.set_device, start Python with CUDA_VISIBLE_DEVICES set to the GPU that is meant"
+        )
+    return device
+
+
 def resolve_optimizer(name: str, device: torch.device) -> str:
     """Return the optimizer that a device has: off CUDA, the plain one of the same kind for a paged one.
 
@@ -614,7 +634,7 @@ def finetune(
         }
         if spec.threads:
             torch.set_num_threads(spec.threads)
-        device = models.default_device()
+        device = trainers_device(models.default_device())
         precision = models.precision_of(experiment, device)
         if device.type == "cuda":
             _count_memory_anew(device)

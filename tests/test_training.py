@@ -325,6 +325,13 @@ def test_one_device_a_process(topics, tiny_experiment, tmp_path):
     assert getattr(watch.model.get_base_model().base, "hf_device_map", {"": 0}).keys() == {""}
 
 
+def test_a_gpu_that_the_trainer_would_not_take_is_refused():
+    for device in (CPU, torch.device("cuda"), torch.device("cuda", 0)):
+        assert training.trainers_device(device) == device
+    with pytest.raises(ValueError, match=r"the current GPU is cuda:1, .* CUDA_VISIBLE_DEVICES"):
+        training.trainers_device(torch.device("cuda", 1))
+
+
 def test_paged_optimizers_have_a_plain_one_off_cuda(caplog):
     # Trap 10: paged optimizers exist on CUDA only.
     assert training.resolve_optimizer("paged_adamw_8bit", CPU) == "adamw_8bit"
