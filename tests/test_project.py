@@ -124,6 +124,12 @@ def test_run_notebooks_hands_on_its_variables_as_they_are(tmp_path: Path):
     assert f"<{params}>" in said and "<02 03>" in said and "<auto>" in said and "<runs/latest>" in said
 
 
+def test_readme_says_what_can_be_set():
+    (table,) = re.findall(r"\| variable \|.*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
+    told = re.findall(r"^\| `(\w+)=", table, re.MULTILINE)
+    assert sorted(told) == sorted(re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_ci_goes_the_newcomers_way():
     script = (ROOT / ".ci" / "run").read_text()
     assert script.startswith("#!/usr/bin/env bash\n") and "\nset -euo pipefail\n" in script
