@@ -387,6 +387,7 @@ def quantize_linears_(
     spec: Quantization,
     skip_modules: Iterable[str] = (),
     compute_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """Replace a model's linear layers and GPT-2 `Conv1D`s by 4-bit integer ones, in place.
 
@@ -399,6 +400,8 @@ def quantize_linears_(
         skip_modules: Names of modules to leave alone, with all below them: every head. `"classifier"` is any
             module of that name, `"encoder.layer.0"` that one.
         compute_dtype: The dtype of the products; that of the input if None.
+        device: Where layers go, one by one, before they are quantized, and stay; None leaves each where it is. So a
+            model from the host is never whole on a GPU in floating point.
 
     Returns:
         The same model.
@@ -425,25 +428,7 @@ def quantize_linears_(
         raise KitError("the model has no linear layer inside that could be quantized")
     for name in found:  # each is let go before the next is made
         plain: Any = model.get_submodule(name)
+        plain = plain if device is None else plain.to(device)
         model.set_submodule(name, Int4Linear.from_module(plain, spec, compute_dtype))
         del plain
-    return model
-
-
-def dequantize_linears_(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Turn a model's int4 layers back into plain ones that hold the dequantized weights, in place.
-
-    After PEFT's `merge_and_unload` the layers that had an adapter are plain already and the others are not;
-    this does the rest, so that `save_pretrained` writes a checkpoint that anything can load.
-
-    Args:
-        model: Any.
-        dtype: Of the weights.
-
-    Returns:
-        The same model.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Int4Linear):
-            model.set_submodule(name, module.to_full_precision(dtype))
     return model

@@ -831,6 +831,7 @@ def _pretrained(
         raise KitError(
             f"{base.source} is quantized already; give the full-precision checkpoint, and the kit quantizes it"
         )
+    int4 = quantization.scheme == "int4"
     model, loading = auto.from_pretrained(
         base.source,
         config=config,
@@ -838,8 +839,9 @@ def _pretrained(
         trust_remote_code=False,
         weights_only=True,
         dtype=dtype,
-        # One device a process: "auto" would spread or move the model, and moving a 4-bit model fails.
-        device_map={"": device.index if device.type == "cuda" else "cpu"},
+        # One device a process: "auto" would spread or move the model, and moving a 4-bit model fails. int4 is not
+        # made while a checkpoint is read: from the host, so that a GPU need not hold the whole model in 16 bits.
+        device_map=None if int4 else {"": device.index if device.type == "cuda" else "cpu"},
         quantization_config=bitsandbytes_config(quantization, dtype, [*heads, "lm_head"]),
         output_loading_info=True,
     )
@@ -850,10 +852,11 @@ def _pretrained(
             f"{base.source} lacks {len(missing)} of the weights that {type(model).__name__} needs, the first "
             f"{missing[0]!r}; they would be random"
         )
-    if quantization.scheme == "int4":
+    if int4:
         from .int4 import quantize_linears_
 
-        quantize_linears_(model, quantization, heads, dtype)
+        quantize_linears_(model, quantization, heads, dtype, device)
+        model = model.to(device)
     return model
 
 

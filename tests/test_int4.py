@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit import int4, quantization
 from qlora_kit.errors import KitError
-from qlora_kit.int4 import Int4Linear, LoraInt4Linear, dequantize_linears_, quantize_linears_, register
+from qlora_kit.int4 import Int4Linear, LoraInt4Linear, quantize_linears_, register
 from qlora_kit.quantization import BLOCK_SIZES, Quantization
 
 INT4 = Quantization("int4")
@@ -204,6 +204,23 @@ def test_a_tied_output_layer_stays_tied():
     assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
 
 
+def test_layers_go_to_a_device_one_by_one_before_they_are_quantized(monkeypatch):
+    # The meta device stands for a GPU: what goes there leaves the host.
+    model, waiting = gpt2(), []
+    plain = Int4Linear.from_module
+
+    def counted(module, *args):
+        assert module.weight.is_meta
+        waiting.append(sum(isinstance(m, Conv1D) and not m.weight.is_meta for m in model.modules()))
+        return plain(module, *args)
+
+    monkeypatch.setattr(Int4Linear, "from_module", staticmethod(counted))
+    quantize_linears_(model, INT4, ["score"], device=torch.device("meta"))
+    assert waiting == list(reversed(range(len(waiting)))) and len(waiting) > 1
+    assert all(m.weight.is_meta for m in model.modules() if isinstance(m, Int4Linear))
+    assert not model.transformer.wte.weight.is_meta and not model.score.weight.is_meta
+
+
 def test_a_model_with_nothing_to_quantize_is_refused():
     with pytest.raises(KitError, match="no linear layer"):
         quantize_linears_(nn.Sequential(nn.Embedding(3, 4)), INT4)
@@ -282,7 +299,10 @@ def test_adapters_attach_train_save_load_and_merge(name, tmp_path):
     with loaded.disable_adapter():
         assert not torch.allclose(logits(loaded), trained, atol=0.1)
 
-    merged = dequantize_linears_(loaded.merge_and_unload(safe_merge=True))
+    merged = loaded.merge_and_unload(safe_merge=True)
+    for layer, module in list(merged.named_modules()):
+        if isinstance(module, Int4Linear):  # it had no adapter
+            merged.set_submodule(layer, module.to_full_precision())
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged")
