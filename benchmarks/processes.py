@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,14 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
         )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
 
     def ask(self, word: str) -> dict[str, Any]:
         """Say a word, and return the next report; of a process that ended instead, nothing."""
@@ -77,16 +87,26 @@ class Worker:
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
-        """Return the next report; of a process that ended instead, nothing."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def hear(self, deadline: float | None = None) -> dict[str, Any]:
+        """Return the next report; nothing of a process that ended instead, or that is ended for being late.
+
+        Args:
+            deadline: The moment of `time.monotonic()` up to which it is waited for; None waits as long as it takes.
+        """
+        while True:
+            try:
+                line = self._lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                self.problem = "not ready in time"
+                self.stop()
+                return {}
+            if line is None:
+                self.problem = self.problem or f"ended with code {self._process.wait()}"
+                return {}
             if line.startswith("{"):
                 report: dict[str, Any] = json.loads(line)
                 self.problem = report.get("problem")
                 return report
-        self.problem = self.problem or f"ended with code {self._process.wait()}"
-        return {}
 
     def stop(self) -> None:
         """End the process, whatever it does."""

@@ -9,7 +9,7 @@ Contenders, each a real `Trainer.train()` on Banking77's questions in a process 
     recipe_lean     the same Trainer, with layers and norms that keep less for the backward pass (`model.lean`, `fused`)
     padded_longest  transformers' Trainer, each batch padded to its longest row
     grouped         transformers' Trainer with train_sampling_strategy="group_by_length"
-    compiled        grouped, with torch_compile=True
+    compiled        grouped, with torch_compile=True; widths are multiples of 8, as any other is compiled for anew
     compiled_graphs the same with mode="reduce-overhead" (its own CUDA graphs) and few widths of batches
     unsloth         unsloth's model and Trainer, where it is installed and knows the shape
     ours_eager      KitTrainer with training.graphs none
@@ -69,8 +69,8 @@ PADDING = {
     "recipe_lean": "max_length",
     "padded_longest": "longest",
     "grouped": "grouped",
-    "compiled": "grouped",
-    "compiled_graphs": "grouped",
+    "compiled": "grouped_multiples_of_8",
+    "compiled_graphs": "grouped_multiples_of_8",
 }
 
 
@@ -78,13 +78,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
     parser.add_argument("--methods", nargs="+", choices=["qlora", "lora"], default=["qlora", "lora"])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=None)
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=[*CONTENDERS, *(f"lora/{name}" for name in CONTENDERS)],
+        default=None,
+        metavar="CONTENDER",
+        help=f"of {', '.join(CONTENDERS)}; lora/CONTENDER races with LoRA whatever --methods says",
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=None)
     parser.add_argument("--precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=None)
     parser.add_argument("--steps", type=int, default=50, help="a repeat; group_by_length sorts 50 batches at a time")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--at-once", action="store_true", help="start all batches' contenders together, to compile at once"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=1800, help="seconds until a contender has started and warmed up"
     )
     parser.add_argument("--out", default="results/speed.json")
     parser.add_argument("--append", action="store_true", help="keep the rows of --out that this command does not make")
@@ -137,7 +147,8 @@ def race_all(options: argparse.Namespace) -> int:
                     rows = [{**row, "device": row["device"] or environment["device"]} for row in rows]
                     result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
                     write(result, out, variants)  # what is measured is kept, whatever happens next
-                limits = [limit(model, method, precision, batch) for method in options.methods]
+                methods = dict.fromkeys(method for method, _ in entries(options))
+                limits = [limit(model, method, precision, batch) for method in methods]
                 result["limit"] = merged(result["limit"], limits)
                 write(result, out, variants)
     plots.save(plots.speed(result["rows"], result["limit"]), out.parent, out.stem)
@@ -169,6 +180,12 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return [row for row in old if key(row) not in made] + new
 
 
+def entries(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return who races: method and contender."""
+    plain = [(method, name) for method in options.methods for name in options.contenders if "/" not in name]
+    return plain + [("lora", name.removeprefix("lora/")) for name in options.contenders if "/" in name]
+
+
 # --- the driver -------------------------------------------------------------------------------------------------
 
 
@@ -182,38 +199,35 @@ class Racer(Worker):
         self.times: list[dict[str, float]] = []
         own = ["--steps", str(options.steps), "--one", model, method, contender, precision, str(batch)]
         super().__init__([sys.executable, __file__, *own])
+        self.born = time.monotonic()
         self.start: dict[str, Any] = {}
+        self.tell("go")
 
-    def begin(self) -> None:
-        """Wait for its first step."""
-        self.start = self.ask("start")
-        ready = f"ready after {self.start['start_seconds']:.1f} s" if self.problem is None else self.problem
+    def begin(self, patience: float) -> None:
+        """Wait for its first step, and for a repeat that does not count: other widths may be compiled for then."""
+        deadline = self.born + patience
+        self.start = self.hear(deadline)
+        if self.problem is None:
+            self.hear(deadline)
+        ready = f"first step after {self.start['start_seconds']:.1f} s" if self.problem is None else self.problem
         print("{model} {method} {contender} {precision} batch {batch}: ".format(**self.key) + str(ready), flush=True)
 
 
 def start(options: argparse.Namespace, model: str, precision: str, batches: list[int]) -> dict[int, list[Racer]]:
-    """Start a process for each contender, and return those of each batch once all have made their first step."""
+    """Start a process for each contender, and return those of each batch once all are ready to race."""
     import torch
 
     fields: dict[int, list[Racer]] = {batch: [] for batch in batches}
     # QLoRA and LoRA of a contender race in one field: their ratio is a claim too.
     for batch in batches:
-        for method in options.methods:
-            for contender in options.contenders:
-                racer = Racer(options, model, method, contender, precision, batch)
-                fields[batch].append(racer)
-                if not torch.cuda.is_available():
-                    racer.begin()
+        for method, contender in entries(options):
+            racer = Racer(options, model, method, contender, precision, batch)
+            fields[batch].append(racer)
+            if not torch.cuda.is_available():
+                racer.begin(options.patience)
     if torch.cuda.is_available():
-        racers = [racer for field in fields.values() for racer in field]
-        for racer in racers:
-            racer.begin()
-        # A repeat that does not count: what compiles anew for another width does so now, all at once.
-        racing = [racer for racer in racers if racer.problem is None]
-        for racer in racing:
-            racer.tell("go")
-        for racer in racing:
-            racer.hear()
+        for racer in (racer for field in fields.values() for racer in field):
+            racer.begin(options.patience)
     return fields
 
 
@@ -342,10 +356,7 @@ def turns(steps: int) -> Any:
 
         def turn(self, control: Any, values: dict[str, Any]) -> None:
             report(values)
-            word = sys.stdin.readline().strip()
-            if word == "start":  # the driver's first word was there before
-                word = sys.stdin.readline().strip()
-            if word == "end":
+            if sys.stdin.readline().strip() == "end":
                 if not torch.cuda.is_available():
                     report({"device_seconds": None, **peak_memory()})
                     control.should_training_stop = True
@@ -383,7 +394,13 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
     kind = "max_length" if contender.startswith("recipe") else "longest"
     few = ours or contender == "compiled_graphs"
     edges = data.edges_of(device) if few else None
-    collate = data.collator(tokenizer.pad_token_id, kind, experiment.data.max_length, edges=edges)
+    collate = data.collator(
+        tokenizer.pad_token_id,
+        kind,
+        experiment.data.max_length,
+        pad_to_multiple_of=8 if contender == "compiled" else None,
+        edges=edges,
+    )
     if ours:
         spec = experiment.training
         arguments = training.training_arguments(
@@ -408,7 +425,7 @@ def trainer_of(model: str, method: str, contender: str, precision: str, batch: i
         output_dir=str(folder),
         learning_rate=experiment.training.learning_rate,
         optim=training.resolve_optimizer(wanted, device),
-        train_sampling_strategy="group_by_length" if PADDING[contender] == "grouped" else "random",
+        train_sampling_strategy="group_by_length" if PADDING[contender].startswith("grouped") else "random",
         torch_compile=contender.startswith("compiled"),
         torch_compile_mode="reduce-overhead" if contender == "compiled_graphs" else None,
         use_cpu=device.type == "cpu",
