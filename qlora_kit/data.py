@@ -173,6 +173,9 @@ class TextData:
         Returns:
             The folder: `train.jsonl`, `validation.jsonl`, `test.jsonl`, `labels.json`, and `data.json` with
             the spec and the checksum.
+
+        Raises:
+            KitError: When the folder holds other data, or cannot be read.
         """
         folder = Path(folder)
         if folder.exists():
@@ -412,6 +415,9 @@ class TokenizedDataset:
     Args:
         input_ids: A list of token ids a row.
         labels: A class a row, or None (then items have no `labels`).
+
+    Raises:
+        KitError: When there are not as many labels as rows.
     """
 
     def __init__(self, input_ids: Sequence[Sequence[int]], labels: Sequence[int] | None = None) -> None:
@@ -493,6 +499,9 @@ def collator(
 
     Returns:
         A picklable callable, so that loader workers can have it.
+
+    Raises:
+        KitError: For a padding or a side that there is not, with the nearest that there is.
     """
     if padding not in PADDINGS:
         raise unknown("padding", padding, PADDINGS)
@@ -532,6 +541,9 @@ class LengthBatchSampler:
         edges: With these, rows are sorted by bucket (see `collator`) over the whole set and random within a
             bucket, rather than by length in windows.
         longest_first: Whether the first epoch begins with the longest batch.
+
+    Raises:
+        KitError: For a batch or a window below 1.
     """
 
     def __init__(

@@ -139,6 +139,9 @@ def paired_difference(
     Returns:
         `{"value", "low", "high"}`: a 95% percentile interval. It excludes 0 where the test rows tell the
         contenders apart.
+
+    Raises:
+        KitError: For a metric that there is not, predictions of other rows than the labels', or a loss without logits.
     """
     if metric not in METRICS:
         raise unknown("metric", metric, METRICS)
@@ -187,7 +190,11 @@ def lead_in_words(difference: Mapping[str, float]) -> str:
 
 
 def cross_entropy(logits: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Return each row's cross-entropy in nats, float64 `[rows]`, from logits `[rows, classes]`."""
+    """Return each row's cross-entropy in nats, float64 `[rows]`, from logits `[rows, classes]`.
+
+    Raises:
+        KitError: For a label that has no logit.
+    """
     scores, truth = _logits(logits), _labels(labels)
     if len(truth) and truth.max() >= scores.shape[1]:
         raise KitError(f"label {truth.max()} has no logit: there are {scores.shape[1]} classes")
@@ -235,7 +242,11 @@ def per_label(logits: np.ndarray, labels: Sequence[int] | np.ndarray, names: Seq
 
 
 def confusion_matrix(logits: np.ndarray, labels: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
-    """Count rows by true class (first axis) and predicted class (second): int64 `[classes, classes]`."""
+    """Count rows by true class (first axis) and predicted class (second): int64 `[classes, classes]`.
+
+    Raises:
+        KitError: For a class beyond `classes`, or other rows than the labels'.
+    """
     predictions, truth = _predictions(logits), _labels(labels)
     _same_length(predictions, truth)
     if len(truth) and max(truth.max(), predictions.max()) >= classes:

@@ -57,6 +57,9 @@ class ModelSpec:
             the same mathematics in less time and memory. False leaves PEFT's and transformers' own.
         random_weights: Build the base from its config with seeded random weights. It measures memory and
             speed; any accuracy it shows says nothing.
+
+    Raises:
+        KitError: For an empty name, a value outside of what is allowed, or class means without a cosine head.
     """
 
     name: str
@@ -98,6 +101,9 @@ class DataSpec:
         too_long: `cut` shortens longer texts and says how many; `refuse` stops with the first one's row.
         limit: Keep about this many training rows (stratified), and the same share of the others.
         revision: Commit, tag or branch of a hub data set.
+
+    Raises:
+        KitError: For an empty name, or a value outside of what is allowed.
     """
 
     name: str = "banking77"
@@ -134,6 +140,9 @@ class LoraSpec:
         target_modules: Names of the layers that get adapters, as PEFT matches them (a name's last part),
             or `all-linear` for every linear layer but the head.
         bias: Which biases train along, as in PEFT.
+
+    Raises:
+        KitError: For a value outside of what is allowed, or no target.
     """
 
     r: int = 16
@@ -193,6 +202,9 @@ class TrainingSpec:
         workers: Data loader processes.
         graphs: `auto` captures a step of each width as a CUDA graph and replays it, where there is a GPU and the
             model allows it; `none` launches every kernel of every step from Python.
+
+    Raises:
+        KitError: For a value outside of what is allowed, or early stopping without `keep_best`.
     """
 
     epochs: float = 4
@@ -267,6 +279,9 @@ class Experiment:
         lora: The adapters, or None for full fine-tuning (which needs `quantization.scheme` `none`).
         training: How it is trained.
         tracking: Where it is logged.
+
+    Raises:
+        KitError: For a name that no folder can have, or quantized weights that would all have to be trained.
     """
 
     name: str
@@ -431,7 +446,15 @@ def resolve_preset(name: str = "auto") -> tuple[str, str]:
 
 
 def safe_name(what: str, name: str) -> str:
-    """Return `name` if it can be a folder's name anywhere, and raise KitError otherwise."""
+    """Return `name` if it can be a folder's name anywhere.
+
+    Args:
+        what: What it names, for the message.
+        name: The name.
+
+    Raises:
+        KitError: When it cannot.
+    """
     allowed = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
     if not name or not set(name) <= allowed or name.startswith((".", "-")) or len(name) > 128:
         raise KitError(

@@ -328,6 +328,9 @@ class LoraInt4Linear(LoraLinear):
     are so coarse that adding an adapter and rounding again takes most of it away. So merging puts a plain
     layer with the dequantized weight in the quantized one's place and adds the adapter to that, exactly;
     unmerging puts the quantized layer back.
+
+    Raises:
+        KitError: For a start of the adapters (`init_lora_weights`) that reads the full-precision weight.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -341,7 +344,11 @@ class LoraInt4Linear(LoraLinear):
         self._quantized: tuple[Int4Linear, ...] = ()  # a tuple, so that it is no submodule
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> Any:
-        """Plain LoRA alone: DoRA and its like read the base weight, which is not there in floating point."""
+        """Plain LoRA alone: DoRA and its like read the base weight, which is not there in floating point.
+
+        Raises:
+            KitError: For any other.
+        """
         variant = super().resolve_lora_variant(config=config, **kwargs)
         if variant is not None:
             raise KitError(f"int4 layers take plain LoRA, not {type(variant).__name__}; use scheme 'nf4' for it")

@@ -599,6 +599,9 @@ def with_method(experiment: Experiment, method: str, scheme: str = "none", neste
         method: `full`, `lora` or `qlora`.
         scheme: How the base is stored, for `qlora`.
         nested: Whether its scales are quantized too.
+
+    Raises:
+        KitError: For a method that there is not.
     """
     if method not in ("full", "lora", "qlora"):
         raise unknown("method", method, ("full", "lora", "qlora"))
@@ -708,6 +711,9 @@ def fits(
         A row a method: `method`, `scheme`, `double_quantization`, `checkpointing`, `length`, `batch` (the largest at
         that length; 0 where not even one row fits), `longest` (the largest length at batch 1; 0 where none fits),
         and `planned_bytes` at one row.
+
+    Raises:
+        KitError: For the CPU, whose memory is whatever the machine has, and for a device or model that there is not.
     """
     experiment = of_model(model)
     where = device if isinstance(device, Device) else find_device(device)

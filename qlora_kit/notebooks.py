@@ -67,7 +67,11 @@ class NotebookFailed(RuntimeError):
 
 
 def notebook_folder() -> Path:
-    """Return the folder of the notebooks: the packaged copy of an installed package, or the clone's `notebooks`."""
+    """Return the folder of the notebooks: the packaged copy of an installed package, or the clone's `notebooks`.
+
+    Raises:
+        KitError: When there is neither.
+    """
     for folder in (PACKAGE / "_notebooks", PACKAGE.parent / "notebooks"):
         if folder.is_dir():
             return folder
@@ -75,7 +79,11 @@ def notebook_folder() -> Path:
 
 
 def list_notebooks(folder: str | Path | None = None) -> dict[str, Path]:
-    """Return the notebooks of a folder by name, e.g. `02_finetune`, in the order in which they run."""
+    """Return the notebooks of a folder by name, e.g. `02_finetune`, in the order in which they run.
+
+    Raises:
+        KitError: When the folder holds none.
+    """
     folder = Path(folder) if folder is not None else notebook_folder()
     found = {path.stem: path for path in sorted(folder.glob("*.ipynb")) if _NAME.fullmatch(path.stem)}
     if not found:

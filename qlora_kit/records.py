@@ -58,6 +58,9 @@ def plain(value: Any) -> Any:
 
     Dataclasses become dicts, paths strings, numpy and torch scalars and arrays numbers and lists; a number that
     is not finite becomes None.
+
+    Raises:
+        TypeError: For anything else.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -176,7 +179,11 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def saving(path: str | Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one clear error for a block that saves to `path`."""
+    """Turn a full or read-only disk into one clear error for a block that saves to `path`.
+
+    Raises:
+        KitError: When the disk is full, or nothing may be written there. Other errors come through.
+    """
     try:
         yield
     except KitError:
@@ -371,6 +378,9 @@ def notebook_record(
 
     Returns:
         The record, to be written with `write_json`.
+
+    Raises:
+        KitError: For a further section whose name is one of the record's own.
     """
     record: dict[str, Any] = {
         "schema": SCHEMA,
