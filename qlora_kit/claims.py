@@ -313,16 +313,16 @@ def by_seed(first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, An
 
 
 def of_one_model(found: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the curves of one model, that which most methods trained: beside another model's they tell no method's.
+    """Return the rows of one model, that which most methods trained: beside another model's they tell no method's.
 
     Args:
-        found: As `curves` returns them.
+        found: Each with `model` and `method`: as `curves` returns them, or rows of results/accuracy.json.
     """
     methods: dict[str, set[str]] = {}
-    for curve in found:
-        methods.setdefault(curve["model"], set()).add(curve["method"])
+    for row in found:
+        methods.setdefault(row["model"], set()).add(row["method"])
     chosen = max(methods, key=lambda model: len(methods[model]), default=None)
-    return [curve for curve in found if curve["model"] == chosen]
+    return [row for row in found if row["model"] == chosen]
 
 
 def roughness(curve: Mapping[str, Sequence[float | None]]) -> float | None:
