@@ -66,6 +66,7 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | quiet
         )
+        self.born = time.monotonic()
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -97,7 +98,7 @@ class Worker:
             try:
                 line = self._lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                self.problem = "not ready in time"
+                self.problem = f"not ready after {time.monotonic() - self.born:.0f} s"
                 self.stop()
                 return {}
             if line is None:

@@ -62,7 +62,7 @@ CONTENDERS = (
     "ours_eager",
     "ours",
 )
-# Ways beside those that results/speed.json is about: their rows stand in a file of their own, `speed_variants.json`.
+# Ways beside those that results/speed.json is about: a race with one of them stands whole in `speed_variants.json` too.
 VARIANTS = ("recipe_lean", "compiled_graphs")
 PADDING = {
     "recipe": "max_length",
@@ -122,50 +122,41 @@ def race_all(options: argparse.Namespace) -> int:
         list(CONTENDERS) if cuda else ["recipe", "padded_longest", "grouped", "ours"]
     )
     out = Path(options.out)
-    before = records.read_json(out) if options.append and out.is_file() else {"rows": [], "limit": []}
     variants = out.with_name(f"{out.stem}_variants.json")
-    if options.append and variants.is_file():
-        before["rows"] += records.read_json(variants)["rows"]
+    before = {path: records.read_json(path) if options.append and path.is_file() else {} for path in (out, variants)}
+    rows, apart = (before[path].get("rows", []) for path in (out, variants))
+    limits = before[out].get("limit", [])
     environment = records.environment(models.default_device())
     now = " ".join(["python benchmarks/speed.py", *sys.argv[1:]])
-    command = "; ".join(dict.fromkeys([*before.get("command", now).split("; "), now]))
-    result = {
-        "schema": records.SCHEMA,
-        "environment": environment,
-        "command": command,
-        **{k: before[k] for k in ("rows", "limit")},
-    }
+    head = {"schema": records.SCHEMA, "environment": environment}
     for model in options.models:
         for precision in options.precisions:
             fields: dict[int, list[Racer]] = {}
             for batch in options.batches:
                 if batch not in fields:
                     fields |= start(options, model, precision, options.batches if options.at_once else [batch])
-                before_race = result["rows"]
-                for rows in race(options, fields[batch]):
+                rows_before, apart_before = rows, apart
+                for made in race(options, fields[batch]):
                     # A contender that could not start has no device of its own to tell.
-                    rows = [{**row, "device": row["device"] or environment["device"]} for row in rows]
-                    result["rows"] = merged(before_race, [{**row, "environment": environment} for row in rows])
-                    write(result, out, variants)  # what is measured is kept, whatever happens next
+                    made = [{**row, "device": row["device"] or environment["device"]} for row in made]
+                    made = [{**row, "command": now, "environment": environment} for row in made]
+                    rows = merged(rows_before, [row for row in made if row["contender"] not in VARIANTS])
+                    # What is measured is kept, whatever happens next.
+                    records.write_json(out, head | told(rows) | {"limit": limits})
+                    if any(row["contender"] in VARIANTS for row in made):
+                        apart = merged(apart_before, made)
+                        records.write_json(variants, head | told(apart))
                 methods = dict.fromkeys(method for method, _ in entries(options))
-                limits = [limit(model, method, precision, batch) for method in methods]
-                result["limit"] = merged(result["limit"], limits)
-                write(result, out, variants)
-    plots.save(plots.speed(result["rows"], result["limit"]), out.parent, out.stem)
+                limits = merged(limits, [limit(model, method, precision, batch) for method in methods])
+                records.write_json(out, head | told(rows) | {"limit": limits})
+    plots.save(plots.speed(rows, limits), out.parent, out.stem)
     print(f"written: {options.out}")
     return 0
 
 
-def write(result: dict[str, Any], out: Path, variants: Path) -> None:
-    """Write the record, and beside it the rows of `VARIANTS`, where there are any."""
-    from qlora_kit import records
-
-    apart = [row for row in result["rows"] if row["contender"] in VARIANTS]
-    records.write_json(out, result | {"rows": [row for row in result["rows"] if row["contender"] not in VARIANTS]})
-    if apart:
-        records.write_json(
-            variants, {name: result[name] for name in ("schema", "environment", "command")} | {"rows": apart}
-        )
+def told(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a record's rows, and every command that made one of them: only rows of one command raced each other."""
+    return {"command": "; ".join(dict.fromkeys(row["command"] for row in rows)), "rows": rows}
 
 
 PROFILED = 2  # steps whose kernels are added up
@@ -199,7 +190,6 @@ class Racer(Worker):
         self.times: list[dict[str, float]] = []
         own = ["--steps", str(options.steps), "--one", model, method, contender, precision, str(batch)]
         super().__init__([sys.executable, __file__, *own])
-        self.born = time.monotonic()
         self.start: dict[str, Any] = {}
         self.tell("go")
 

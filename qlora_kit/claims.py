@@ -580,7 +580,7 @@ def speed(records: Records) -> Finding:
     """
     found: list[Figure] = []
     for group in _grouped(records.rows("speed"), records):
-        alike = ("model", "contender", "precision", "batch", "padding")
+        alike = ("model", "contender", "precision", "batch", "padding", "command")  # of one race
         for first, second in _pairs(group, {"method": "qlora", "scheme": "nf4"}, {"method": "lora"}, *alike):
             if first["step_seconds"] and second["step_seconds"]:
                 name = f"{first['model']}, {first['contender']}, batch {first['batch']}: a step, times LoRA's"

@@ -1267,7 +1267,9 @@ def _race(
     for place, name in enumerate(names):
         row = mine.get(name, {})
         rate = row.get("samples_per_second")
-        text = f"{rate:,.0f}" if rate else "could not run" if row else "not run"
+        problem = row.get("problem") or "could not run"
+        text = f"{rate:,.0f}" if rate else problem if problem.startswith("not ready") else "could not run"
+        text = text if row else "not run"
         low, high = row.get("samples_per_second_range") or (0.0, 0.0)
         if rate:
             axes.barh(place, rate, height=0.6, color=BLUE if name.startswith("ours") else GREY)
