@@ -160,7 +160,8 @@ def told(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 PROFILED = 2  # steps whose kernels are added up
-KEYS = ("model", "contender", "method", "precision", "batch", "device")
+# A row takes the place of one of the same race alone: what raced at another time stays beside it.
+KEYS = ("model", "contender", "method", "precision", "batch", "device", "command")
 
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:

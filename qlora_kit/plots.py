@@ -1232,12 +1232,15 @@ def speed(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
         limits: Its `limit`: drawn as a dashed line where it belongs to a panel.
 
     Returns:
-        A panel for each model, method, precision and batch, those of a device together, each on its own scale;
-        longer is faster.
+        A panel for each model, method, precision and batch of a race (the rows of one command), those of a device
+        together, each on its own scale; longer is faster. Who raced with nobody of the same method is not drawn.
     """
-    found = {(r["device"], r["model"], r["precision"], r["method"], r["batch"]) for r in rows}
+    count = Counter(map(_field, rows))
     # Quantized first: that is what the figure is about.
-    fields = sorted(found, key=lambda field: (*field[:3], field[3] != "qlora", field[4]))
+    fields = sorted(
+        [field for field, contenders in count.items() if contenders > 1] or count,
+        key=lambda field: (*field[:3], field[3] != "qlora", *field[4:]),
+    )
     names = {
         device: [name for name in CONTENDER_NAMES if any(r["contender"] == name for r in rows if r["device"] == device)]
         for device, *_ in fields
@@ -1249,6 +1252,10 @@ def speed(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
     return figure
 
 
+def _field(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (*(row[key] for key in ("device", "model", "precision", "method", "batch")), row.get("command", ""))
+
+
 def _race(
     axes: Any,
     field: tuple[Any, ...],
@@ -1257,12 +1264,8 @@ def _race(
     limits: Sequence[Mapping[str, Any]],
 ) -> None:
     """Draw one panel of `speed`."""
-
-    def in_field(row: Mapping[str, Any]) -> bool:
-        return field == (row["device"], row["model"], row["precision"], row["method"], row["batch"])
-
-    device, model, precision, method, batch = field
-    mine = {row["contender"]: row for row in rows if in_field(row)}
+    device, model, precision, method, batch, _ = field
+    mine = {row["contender"]: row for row in rows if _field(row) == field}
     most = max([row["samples_per_second"] or 0.0 for row in mine.values()]) or 1.0
     for place, name in enumerate(names):
         row = mine.get(name, {})
@@ -1276,7 +1279,7 @@ def _race(
             axes.plot([low, high], [place, place], color=BLACK, linewidth=1)
         axes.annotate(text, (high, place), (6, 0), textcoords="offset points", va="center")
     axes.set_xlabel("texts a second")
-    for limit in filter(in_field, limits):
+    for limit in (limit for limit in limits if _field(limit)[:-1] == field[:-1]):
         bound = limit["samples_per_second"]
         if bound < 2.5 * most:
             axes.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.5)
