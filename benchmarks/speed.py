@@ -76,7 +76,14 @@ PADDING = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=known_model,
+        default=None,
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)}; MODEL:6 is its first six layers, which torch.compile is through with sooner",
+    )
     parser.add_argument("--methods", nargs="+", choices=["qlora", "lora"], default=["qlora", "lora"])
     parser.add_argument(
         "--contenders",
@@ -170,6 +177,14 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
 
     made = {key(row) for row in new}
     return [row for row in old if key(row) not in made] + new
+
+
+def known_model(text: str) -> str:
+    """Return a model's name, with the number of its layers where that is told."""
+    name, _, layers = text.partition(":")
+    if name not in MODELS or (layers or "1").strip("0123456789"):
+        raise argparse.ArgumentTypeError(f"{text}: allowed is one of {', '.join(MODELS)}, or MODEL:LAYERS")
+    return text
 
 
 def entries(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -445,15 +460,17 @@ def experiment_of(model: str, method: str, precision: str, batch: int, ours: boo
     """Return the preset at the race's precision and batch, with random weights where its own are not here."""
     from qlora_kit.experiment import preset
 
+    name, _, layers = model.partition(":")
     changes: dict[str, Any] = {
+        "model.layers": int(layers) if layers else None,
         "training.precision": precision,
         "training.batch_size": batch,
         "training.max_steps": 10**6,
         "training.logging_steps": 500,
     }
-    if model == "dialogpt-medium":
+    if name == "dialogpt-medium":
         changes |= {"model.name": "shape:dialogpt-medium", "model.random_weights": True}
-    experiment = preset(f"{MODELS[model]}_{method}").override(changes)
+    experiment = preset(f"{MODELS[name]}_{method}").override(changes)
     if not ours:  # what people have: no saving that the kit alone knows
         experiment = experiment.override({"model.lean": False, "model.fused": False})
     return experiment
