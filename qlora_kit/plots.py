@@ -1451,6 +1451,7 @@ def memory_against_time(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
             fontsize=9, fontweight="bold",
         )  # fmt: skip
         axes.plot([], [], "o", color=colour, label=f"{number}  {_cut(str(row['label']), 44)}")
+    axes.set_title("What memory costs in time")
     axes.set_xlabel("seconds a step")
     axes.set_ylabel(name)
     axes.set_ylim(bottom=0)

@@ -373,7 +373,7 @@ class EpochLines(TrainerCallback):
     ) -> None:
         """Print the epoch's validation scores, speed and memory."""
         scores = metrics or {}
-        words = [f"epoch {state.epoch:g} of {args.num_train_epochs:g}, step {state.global_step} of {state.max_steps}"]
+        words = [f"epoch {state.epoch:.3g} of {args.num_train_epochs:g}, step {state.global_step} of {state.max_steps}"]
         words += [
             f"{label} {scores[key]:.4f}"
             for key, label in (("eval_loss", "validation loss"), ("eval_f1_macro", "macro F1"))
