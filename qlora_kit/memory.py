@@ -36,7 +36,7 @@ from .experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, preset, p
 from .fused import use_cpu_attention_
 from .tape import Peak, Stage, Tape, parameters_of, replay, tables_of
 
-MIB, GIB = 1024**2, 1024**3
+MIB = 1024**2
 
 WEIGHTS = ("base, linear layers", "base, embeddings", "base, norms and biases", "head as it was")
 PARTS = (*WEIGHTS, "adapters and head", "gradients", "optimizer", "batch", "activations", "workspace", "cuBLAS")
