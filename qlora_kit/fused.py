@@ -55,9 +55,7 @@ class _AdaptedProduct(torch.autograd.Function):
         base: nn.Module,
     ) -> torch.Tensor:
         adapted, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        out = _base_product(rows, base)
-        low = _scaled_product(adapted, low_a.T, scaling)
-        out.addmm_(low, low_b.T)
+        out, low = _adapted_products(rows, adapted, low_a, low_b, scaling, base)
         ctx.save_for_backward(adapted, kept, low, low_a, low_b)
         ctx.scaling, ctx.dropout, ctx.base = scaling, dropout, base
         ctx.shape, ctx.given, ctx.trained = x.shape, x.dtype, (a.dtype, b.dtype)
@@ -96,6 +94,14 @@ class _FrozenProduct(torch.autograd.Function):
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
         grad_x = gradient @ dense_weight(ctx.base, ctx.dtype)
         return grad_x.view(ctx.shape).to(ctx.given), None, None
+
+
+def _adapted_products(
+    rows: torch.Tensor, adapted: torch.Tensor, low_a: torch.Tensor, low_b: torch.Tensor, scaling: float, base: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = _base_product(rows, base)
+    low = _scaled_product(adapted, low_a.T, scaling)
+    return out.addmm_(low, low_b.T), low
 
 
 def _base_product(rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
@@ -242,17 +248,12 @@ def _forward(layer: Any, theirs: Any, casts: _Casts, x: torch.Tensor, *args: Any
     (name,) = names
     dtype = _compute_dtype(x)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    product: torch.Tensor = _AdaptedProduct.apply(
-        x,
-        _rows(x, dtype),
-        a,
-        b,
-        casts.of(a, dtype),
-        casts.of(b, dtype),
-        layer.scaling[name],
-        getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0,
-        layer.get_base_layer(),
-    )
+    low_a, low_b = casts.of(a, dtype), casts.of(b, dtype)
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+    rows, scaling, base = _rows(x, dtype), layer.scaling[name], layer.get_base_layer()
+    if not dropout and not torch.is_grad_enabled():  # autograd's part takes as long as a short text's small products
+        return _adapted_products(rows, rows, low_a, low_b, scaling, base)[0].view(*x.shape[:-1], -1)
+    product: torch.Tensor = _AdaptedProduct.apply(x, rows, a, b, low_a, low_b, scaling, dropout, base)
     return product
 
 

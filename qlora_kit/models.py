@@ -1295,7 +1295,8 @@ def forward_texts(
     ids = tokenize(tokenizer, texts, max_length, too_long)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
     rows: list[np.ndarray | None] = [None] * len(ids)
-    model.eval()
+    if model.training:  # going through all modules takes milliseconds, which a single text would notice
+        model.eval()
     pad = collator(tokenizer.pad_token_id, max_length=max_length, edges=edges_of(device))
     # A graph is of what was done when it was captured: with these adapters, on or off.
     layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
