@@ -63,7 +63,7 @@ class Graphs:
         self.bytes = self.device_bytes = 0
         self.problem: str | None = None
         self._captured: dict[tuple[Any, ...], _Captured] = {}
-        self._seen: set[tuple[Any, ...]] = set()
+        self._seen: dict[tuple[Any, ...], int] = {}  # and how many checkpointed layers the work has
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = _capturing_stream(device)
 
@@ -84,15 +84,15 @@ class Graphs:
         """
         key = _key(kind, inputs)
         known = self._captured.get(key)
+        if known is None and key in self._seen and self.problem is None:
+            self._release()  # what the first pass took
+            self._capture(key, work, inputs, self._seen[key])
+            known = self._captured.get(key)
         if known is None:
-            again = key in self._seen
-            self._seen.add(key)
-            if again and self.problem is None:
-                self._release()  # what the first pass took
-                self._capture(key, work, inputs)
-                known = self._captured.get(key)
-        if known is None:
-            return work({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
+            with _checkpoints_counted() as count:
+                result = work({name: value.to(self.device, non_blocking=True) for name, value in inputs.items()})
+                self._seen[key] = count()
+            return result
         for name, held in known.inputs.items():
             held.copy_(inputs[name], non_blocking=True)
         known.graph.replay()
@@ -181,7 +181,7 @@ class Graphs:
             layers = count()
         return layers
 
-    def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, layers: int = 0) -> None:
+    def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, layers: int) -> None:
         held = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 # Before anything that imports bitsandbytes by itself.
 from . import _bnb  # noqa: F401  # isort: skip
+import bitsandbytes as bnb
 import numpy as np
 import peft
 import torch
@@ -63,6 +64,10 @@ class KitTrainer(Trainer):
         self.meter = _Meter(self)
         self.graphs: graphs.Graphs | None = None
         super().__init__(**kwargs, callbacks=[*_callbacks(spec), self.meter])
+        # The Trainer takes it from a `forward` with `**kwargs` that the model divides its loss by the rows of all
+        # batches of an accumulation. No head for sequences does, in transformers or here: left at that, N batches
+        # would weigh N times as much.
+        self.model_accepts_loss_kwargs = False
         self.model: Any  # the Trainer's own hint admits None, before a model is made
         if self.args.disable_tqdm:
             # Without bars the Trainer prints every log entry instead.
@@ -98,6 +103,8 @@ class KitTrainer(Trainer):
                 ],
                 **arguments,
             )
+            if arguments.get("optim_bits") == 8:
+                _keep_embeddings_in_32_bits(self.optimizer, model)
         return self.optimizer
 
     def _take(self, model: Any) -> None:
@@ -132,16 +139,20 @@ class KitTrainer(Trainer):
         def work(given: dict[str, torch.Tensor]) -> torch.Tensor:
             assert self.gradients is not None
             with graphs.attending(self.args.device), self.gradients.summed():
-                return step(model, given, given.pop("items", None))
+                return step(model, given)
 
-        items = _items(num_items_in_batch, self.args.device)
         if not self.prepared:
             self.prepared = True
-            self._prepare_graphs(kind, work, inputs, items)
-        loss: torch.Tensor = self.graphs.run(kind, work, {**inputs, **items})
+            self._prepare_graphs(kind, work, inputs)
+        loss: torch.Tensor = self.graphs.run(kind, work, inputs)
         return loss
 
-    def _prepare_graphs(self, kind: str, work: graphs.Work, inputs: graphs.Inputs, items: graphs.Inputs) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was cut off after its last step: the Trainer would take one more before it looks.
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _prepare_graphs(self, kind: str, work: graphs.Work, inputs: graphs.Inputs) -> None:
         """Capture a step for each width that the epochs have, the widest first, and say so."""
         assert self.graphs is not None and self.gradients is not None
 
@@ -151,7 +162,7 @@ class KitTrainer(Trainer):
                 for name, value in inputs.items()
             }
             batch["attention_mask"][:, : max(width - 1, 1)] = 1
-            return {**{name: value.to(self.args.device) for name, value in batch.items()}, **items}
+            return {name: value.to(self.args.device) for name, value in batch.items()}
 
         before = self.gradients.flat.clone()
         self.graphs.prepare(kind, work, (of_width(width) for width in self.widths()))
@@ -240,14 +251,30 @@ class KitTrainer(Trainer):
         models.load_weights_(self.model if model is None else model, Path(resume_from_checkpoint) / "adapter")
 
     def _load_best_model(self) -> None:
-        # The path in the state is where the folder was; the step's number is what stays true.
-        best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-        models.load_weights_(self.model, best / "adapter")
+        models.load_weights_(self.model, Path(str(self.state.best_model_checkpoint)) / "adapter")
 
 
-def _items(count: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    # What the loss is divided by, for models whose loss is told: a tensor, so that a graph reads it.
-    return {} if count is None else {"items": torch.as_tensor(count, device=device)}
+def trained_embeddings(model: torch.nn.Module) -> list[torch.nn.Embedding]:
+    """Return the embeddings that are trained whole: 8-bit optimizers keep their state in 32 bits.
+
+    As transformers' Trainer does (trainer.py, `create_optimizer`), and bitsandbytes advises: a row's gradient is zero
+    until its token occurs (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861).
+
+    Args:
+        model: A model, with or without adapters.
+    """
+    return [
+        module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad
+    ]
+
+
+def _keep_embeddings_in_32_bits(optimizer: Any, model: torch.nn.Module) -> None:
+    # Not in the manager that all optimizers of a process share: it would hold on to every model that was trained, and
+    # keep parameters of later ones in 32 bits because they stand in the same place.
+    optimizer.mng = manager = bnb.optim.GlobalOptimManager.__new__(bnb.optim.GlobalOptimManager)
+    manager.initialize()
+    for module in trained_embeddings(model):
+        manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def order_of(spec: TrainingSpec, lengths: Sequence[int], device: torch.device) -> LengthBatchSampler:
@@ -303,6 +330,13 @@ class _Meter(TrainerCallback):
             self.seconds += time.perf_counter() - self.started
             self.started = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_global_step:
+            # The path in the state is where the folder was when it was written.
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate does not reach through the loader that skips the batches of a resumed epoch.
         if self.trainer.order is not None:
@@ -316,9 +350,10 @@ class _Meter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = self.trainer.spec.checkpoint_steps
-        # At an epoch's last step its checkpoint comes after its evaluation, as without `checkpoint_steps`: a run that
-        # goes on from there must neither miss the evaluation nor draw other random numbers.
-        if every and state.global_step % every == 0 and not float(state.epoch).is_integer():
+        # At an epoch's last step, and at the last of all, the checkpoint comes after the evaluation, as without
+        # `checkpoint_steps`: a run that goes on from there must neither miss it nor draw other random numbers.
+        last = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        if every and state.global_step % every == 0 and not last:
             # Losses since the last log are no part of a checkpoint, so they are logged with it.
             control.should_save = control.should_log = True
         # Evaluation and saving inside an epoch are no training time.
@@ -365,6 +400,21 @@ class _Bars(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, whose count a run that was cut off takes up again.
+
+    The Trainer writes the count into checkpoints, but reads it only together with every other callback's settings.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the evaluations since the best one."""
+        super().on_train_begin(args, state, control, **kwargs)
+        scores = [entry["eval_f1_macro"] for entry in state.log_history if "eval_f1_macro" in entry]
+        self.early_stopping_patience_counter = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+        if scores and self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
 class EpochLines(TrainerCallback):
     """Prints one line an epoch, above the bars where there are any."""
 
@@ -388,7 +438,7 @@ class EpochLines(TrainerCallback):
 
 
 def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:
-    return [EarlyStoppingCallback(spec.early_stopping)] if spec.early_stopping else []
+    return [EarlyStopping(spec.early_stopping)] if spec.early_stopping else []
 
 
 def wait() -> None:
@@ -687,7 +737,8 @@ def with_data(experiment: Experiment, data: TextData) -> Experiment:
     """
     name = experiment.name
     if data.spec.name != "banking77" and experiment.data.name == "banking77":
-        stem = "".join(c if c.isalnum() or c in "-." else "-" for c in Path(data.spec.name).stem).strip("-.") or "data"
+        kept = (c if c.isascii() and (c.isalnum() or c in "-.") else "-" for c in Path(data.spec.name).stem[:60])
+        stem = "".join(kept).strip("-.") or "data"
         name = name.replace("_banking77_", f"_{stem}_")
     return experiment.override({"name": name, "data": records.plain(data.spec)})
 
@@ -901,13 +952,15 @@ def _summary(
     epochs, before = [], 0.0
     for entry in evaluations:
         step = entry["step"]
-        own = [item["loss"] for item in losses if before < item["step"] <= step]
+        own = [item for item in losses if before < item["step"] <= step]
+        # Each is the mean of the steps since the one before it, which the last of an epoch has fewer of.
+        weights = np.diff([before, *(item["step"] for item in own)])
         meter = measured.get(step, {})
         epochs.append(
             {
                 "epoch": entry["epoch"],
                 "step": step,
-                "loss": float(np.mean(own)) if own else None,
+                "loss": float(np.average([item["loss"] for item in own], weights=weights)) if own else None,
                 "validation": {key: entry[f"eval_{key}"] for key in ("accuracy", "f1_macro", "f1_weighted", "loss")},
                 "timing": {
                     "seconds": meter.get("epoch_seconds"),

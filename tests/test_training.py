@@ -32,6 +32,13 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class StopAtTheEnd(TrainerCallback):
+    """Cuts a run off between its last checkpoint and its record."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
 class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.optimizer = self.model = None
@@ -439,6 +446,76 @@ def test_the_best_epoch_is_kept_on_wish_and_training_stops_early(topics, tiny_ex
     scores = {epoch["step"]: epoch["validation"]["f1_macro"] for epoch in run.training["epochs"]}
     assert scores[run.training["best_step"]] == max(scores.values())
     assert run.training["metrics"]["validation"]["f1_macro"]["value"] == pytest.approx(max(scores.values()))
+
+
+STOPS_EARLY = {
+    "training__epochs": 12,
+    "training__keep_best": True,
+    "training__early_stopping": 3,
+    "training__learning_rate": 0.02,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "cut"),
+    [
+        (STOPS_EARLY, StopAt(22)),
+        (STOPS_EARLY, StopAtTheEnd()),
+        ({"training__max_steps": 6}, StopAtTheEnd()),
+        ({"training__epochs": 1.5}, StopAtTheEnd()),
+        ({"training__max_steps": 6, "training__checkpoint_steps": 3}, StopAtTheEnd()),
+    ],
+)
+def test_a_run_that_is_cut_off_ends_where_it_would_have_ended(topics, tiny_experiment, tmp_path, changes, cut):
+    experiment = tiny_experiment("bert", **changes)
+    whole = qk.finetune(experiment, data=topics, out=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False, callbacks=[cut])
+    again = qk.finetune(experiment, data=topics, out=tmp_path / "cut", progress=False)
+    assert again.training["timing"]["resumed_from_step"]
+    assert again.training["steps"] == whole.training["steps"]
+    assert again.training["best_step"] == whole.training["best_step"]
+    one, other = weights_of(whole), weights_of(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_no_step_is_saved_twice(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment(
+        "bert", training__max_steps=6, training__checkpoint_steps=3, training__checkpoints="keep"
+    )
+    run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_the_best_epoch_is_found_in_a_folder_that_was_moved(topics, tiny_experiment, tmp_path):
+    experiment = tiny_experiment("bert", **STOPS_EARLY)
+    whole = qk.finetune(experiment, data=topics, out=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path / "here", progress=False, callbacks=[StopAtTheEnd()])
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = qk.finetune(experiment, data=topics, out=tmp_path / "there", progress=False)
+    assert again.training["best_step"] < again.training["steps"]
+    assert again.training["metrics"]["validation"]["f1_macro"] == whole.training["metrics"]["validation"]["f1_macro"]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_two_batches_of_8_are_one_of_16(topics, tiny_experiment, tmp_path, name, smoothing):
+    changes = {
+        "model__pooling": "sequence_classification",
+        "model__dropout": 0.0,
+        "lora__dropout": 0.0,
+        "training__padding": "longest",
+        "training__label_smoothing": smoothing,
+        "training__max_steps": 4,
+        "training__logging_steps": 1,
+    }
+    one = qk.finetune(tiny_experiment(name, **changes), data=topics, out=tmp_path / "16", progress=False)
+    halves = {"training__batch_size": 8, "training__gradient_accumulation": 2}
+    two = qk.finetune(tiny_experiment(name, **changes, **halves), data=topics, out=tmp_path / "8", progress=False)
+    for key in ("loss", "grad_norm"):
+        expected = [entry[key] for entry in one.training["losses"]]
+        assert [entry[key] for entry in two.training["losses"]] == pytest.approx(expected, rel=2e-3)
 
 
 def test_full_fine_tuning_trains_everything_and_is_restored(topics, tiny_experiment, tmp_path):
