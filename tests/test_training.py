@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from conftest import ROOT
 from transformers import TrainerCallback
 
 import qlora_kit as qk
-from qlora_kit import checkpoints, models, training
+from qlora_kit import checkpoints, memory, models, training
 from qlora_kit.experiment import TrainingSpec
 
 CPU = torch.device("cpu")
@@ -357,6 +358,42 @@ def test_an_8_bit_optimizer_trains_and_resumes_on_the_cpu(topics, tiny_experimen
     assert all(torch.equal(weights_of(whole)[name], value) for name, value in weights_of(again).items())
 
 
+def test_8_bit_optimizers_keep_embeddings_in_32_bits_and_later_runs_as_they_are(topics, tiny_experiment, tmp_path):
+    def kept(name: str, **changes) -> dict[str, torch.dtype]:
+        experiment = tiny_experiment("bert", training__optimizer="adamw_8bit", training__max_steps=1, **changes)
+        watch = Watch()
+        qk.finetune(experiment, data=topics, out=tmp_path, name=name, progress=False, callbacks=[watch])
+        # The plan counts what there is, byte for byte.
+        tensors = [t for state in watch.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        plan = memory.plan(experiment, labels=6, device="cpu")
+        assert plan.parts["optimizer"] == sum(held.values())
+        return {
+            name: watch.optimizer.state[parameter]["state1"].dtype
+            for name, parameter in watch.model.named_parameters()
+            if parameter.requires_grad and parameter.numel() >= 4096
+        }
+
+    full = kept("full", lora=None, quantization__scheme="none")
+    assert {name.split(".")[-2] for name in full} == {"word_embeddings", "position_embeddings"}
+    assert set(full.values()) == {torch.float32}
+    assert set(kept("lora", lora__r=128).values()) == {torch.uint8}
+
+
+def test_an_epochs_loss_is_the_mean_over_its_steps(topics, tiny_experiment, tmp_path):
+    each, three = (
+        qk.finetune(
+            tiny_experiment("bert", training__logging_steps=every), data=topics, out=tmp_path, name=f"{every}"
+        ).training
+        for every in (1, 3)
+    )
+    ends = [0, *(epoch["step"] for epoch in each["epochs"])]
+    means = [np.mean([row["loss"] for row in each["losses"][i:j]]) for i, j in itertools.pairwise(ends)]
+    assert all(np.diff(ends) % 3)  # so that the last loss of an epoch is that of fewer steps
+    for record in (each, three):
+        assert [epoch["loss"] for epoch in record["epochs"]] == pytest.approx(means, abs=1e-4)
+
+
 def test_evaluation_has_a_loss(finished):
     # Trap 11: PEFT hides the labels from the Trainer, and eval_loss is missing.
     run, _ = finished
@@ -477,6 +514,15 @@ def test_a_run_that_is_cut_off_ends_where_it_would_have_ended(topics, tiny_exper
     assert again.training["best_step"] == whole.training["best_step"]
     one, other = weights_of(whole), weights_of(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("file", ["données.csv", f"{'long' * 40}.csv"])
+def test_a_presets_run_on_a_file_of_any_name_has_a_name(tmp_path, file):
+    path = tmp_path / file
+    path.write_text("text,label\n" + "".join(f"{word} {i},{word}\n" for i in range(10) for word in ("card", "loan")))
+    data = qk.text_classification(str(path), test=0.2, validation=0.2)
+    name = training.with_data(qk.preset("minilm_banking77_qlora"), data).name
+    assert name.startswith("minilm_") and name.endswith("_qlora") and name.isascii()
 
 
 def test_no_step_is_saved_twice(topics, tiny_experiment, tmp_path):
