@@ -281,7 +281,8 @@ class Experiment:
         tracking: Where it is logged.
 
     Raises:
-        KitError: For a name that no folder can have, or quantized weights that would all have to be trained.
+        KitError: For a name that no folder can have, quantized weights that would all have to be trained, or trained
+            biases in 8-bit layers.
     """
 
     name: str
@@ -298,6 +299,11 @@ class Experiment:
             raise KitError(
                 f"full fine-tuning (lora: null) of {self.quantization.scheme} weights is not possible: 4- and "
                 "8-bit weights have no gradient. Set quantization.scheme to none, or give a lora section."
+            )
+        if self.lora is not None and self.lora.bias != "none" and self.quantization.scheme == "int8":
+            raise KitError(
+                f"lora.bias: {self.lora.bias} cannot go with quantization.scheme: int8, whose layers cast a bias to "
+                "their input's precision: what is trained must stay fp32. Set lora.bias to none, or change the scheme."
             )
 
     def override(self, changes: Mapping[str, Any]) -> Experiment:

@@ -625,6 +625,8 @@ def build(
     heads = head_modules(model)
     with quiet():
         adapted = peft.get_peft_model(model, lora_config(experiment, model))
+    if experiment.lora.bias != "none":
+        _train_biases_in_fp32_(adapted)
     # PEFT would write the folder it was loaded from, which means nothing on another machine.
     adapted.peft_config["default"].base_model_name_or_path = experiment.model.name
     check_head(adapted, heads)
@@ -632,6 +634,23 @@ def build(
     if experiment.model.fused:
         fuse_(adapted)
     return adapted.train()
+
+
+def _train_biases_in_fp32_(model: nn.Module) -> None:
+    """Turn biases that are trained along with the adapters, and were stored as the base is, to fp32, in place."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit) and module.bias is not None and module.bias.requires_grad:
+            setattr(module, "forward", functools.partial(_four_bit_product, module))  # noqa: B010  # a method to the type checker
+
+
+def _four_bit_product(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    # Linear4bit.forward casts its bias, in place, to the dtype that it computes in (0.50, nn/modules.py).
+    rows = x.to(layer.compute_dtype or x.dtype)
+    product = bnb.matmul_4bit(rows, layer.weight, quant_state=layer.weight.quant_state)
+    return (product + layer.bias.to(rows.dtype)).to(x.dtype)
 
 
 def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfig:

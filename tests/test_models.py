@@ -107,6 +107,56 @@ def test_a_16_bit_base_keeps_fp32_trainable_weights(tiny_experiment, monkeypatch
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("scheme", ["none", "nf4", "int4"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_biases_that_are_trained_along_are_fp32_and_stay_so(tiny_experiment, monkeypatch, name, scheme, bias):
+    # A GPU stores the base, its biases included, in 16 bits; bitsandbytes' layer casts its bias in place to what it is
+    # to compute in. On a CPU the base is fp32: here its linear layers are stored as a GPU stores them.
+    experiment = tiny_experiment(
+        name,
+        quantization__scheme=scheme,
+        lora__bias=bias,
+        lora__dropout=0.0,
+        model__dropout=0.0,
+        training__precision="bf16",
+    )
+    monkeypatch.setattr(models, "resolve_precision", lambda precision, device: "bf16")
+    build_classifier = models.build_classifier
+
+    def half(*args, **kwargs):
+        model = build_classifier(*args, **kwargs)
+        for layer in models.linear_layers(model.base_model).values():
+            if scheme == "none":
+                layer.weight.data = layer.weight.data.bfloat16()
+            elif scheme == "nf4":
+                layer.compute_dtype, layer.compute_type_is_set = torch.bfloat16, True
+            else:
+                layer.compute_dtype = torch.bfloat16
+            layer.bias.data = layer.bias.data.bfloat16()
+        return model
+
+    monkeypatch.setattr(models, "build_classifier", half)
+    tokenizer = models.load_tokenizer(experiment.model)
+    model = models.build(experiment, LABELS, device=CPU, pad_token_id=tokenizer.pad_token_id)
+    batch, labels = batch_of(tokenizer, TEXTS), torch.tensor([0, 1, 2])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.05)
+    losses = []
+    for _ in range(2):
+        with models.computing(CPU, "bf16"):
+            losses.append(model(**batch, labels=labels).loss)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    biases = [p for key, p in trained.items() if key.endswith("base_layer.bias")]
+    assert biases and all(p.grad is not None and p.grad.shape == p.shape for p in biases)
+    assert sum(p.grad.abs().sum() > 0 for p in biases) > len(biases) / 2
+    models.check_head(model, models.head_modules(model.get_base_model()))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_text_has_the_same_logits_alone_in_a_batch_and_padded_either_side(tiny_experiment, name):
     # Trap 7: no pad token, the wrong token pooled, positions counted from the padding.
