@@ -864,7 +864,8 @@ def _pretrained(
         quantization_config=bitsandbytes_config(quantization, dtype, [*heads, "lm_head"]),
         output_loading_info=True,
     )
-    fresh = {*heads, "pooler"}
+    # The mean goes past BERT's pooler, which is dropped; transformers' own head is on top of it.
+    fresh = {"pooler"} if auto is transformers.AutoModel else set(heads)
     missing = sorted(key for key in loading["missing_keys"] if not fresh & set(key.split(".")))
     if missing:
         raise KitError(

@@ -344,6 +344,15 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path, tiny_experim
         models.build(tiny_experiment("bert", model__name=str(folder)), LABELS, device=CPU)
 
 
+def test_a_checkpoint_without_a_pooler_is_refused_where_the_head_is_on_top_of_it(tiny, tmp_path, tiny_experiment):
+    experiment = tiny_experiment("bert", model__name=str(tmp_path))
+    masked = transformers.AutoModelForMaskedLM.from_config(models.load_config(tiny_experiment("bert").model))
+    masked.save_pretrained(tmp_path)
+    models.build(experiment, LABELS, device=CPU)  # the mean does without
+    with pytest.raises(KitError, match=r"lacks 2 of the weights .* 'bert\.pooler\.dense\.bias'; they would be random"):
+        models.build(experiment.override({"model.pooling": "sequence_classification"}), LABELS, device=CPU)
+
+
 def test_a_checkpoint_that_is_quantized_already_is_refused(tiny, tmp_path, tiny_experiment):
     # The second half of trap 1: such a checkpoint ignores the caller's skip list.
     folder = tmp_path / "quantized"
