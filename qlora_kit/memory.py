@@ -453,7 +453,7 @@ class _Step:
     def hold_optimizer(self) -> int:
         """Make the optimizer's state, and return how much of it lies outside of torch's allocator."""
         self.tape.phase = "before"
-        tensors, paged, self.optimizer = _optimizer_state(self.spec, self.trained, self.where)
+        tensors, paged, self.optimizer = _optimizer_state(self.spec, self.model, self.where)
         for tensor in tensors:
             self.tape.hold(tensor, "optimizer")
         self._state = tensors
@@ -525,14 +525,15 @@ def _kinds(model: nn.Module) -> dict[int, str]:
 _MIN_8BIT, _MIN_PAGED = 4096, 100_000
 
 
-def _optimizer_state(spec: Any, trained: Sequence[torch.Tensor], where: Device) -> tuple[list[torch.Tensor], int, Any]:
-    """Make an optimizer's state on the meta device.
+def _optimizer_state(spec: Any, model: nn.Module, where: Device) -> tuple[list[torch.Tensor], int, Any]:
+    """Make the state of an optimizer of a model's trained parameters, on the meta device.
 
     Returns:
         Its tensors, the bytes of it that lie in pages outside of torch's allocator, and the optimizer where its step
         is to be run (bitsandbytes' steps run in place and allocate nothing).
     """
     name = spec.optimizer
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if where.kind == "cpu":
         name = training.UNPAGED.get(name, name)
 
@@ -562,17 +563,18 @@ def _optimizer_state(spec: Any, trained: Sequence[torch.Tensor], where: Device) 
         return tensors, 0, None
     eight, paged = "8bit" in name, "paged" in name
     outside = 0
-    if eight and any(parameter.numel() >= _MIN_8BIT for parameter in trained):
+    embeddings = {id(module.weight) for module in training.trained_embeddings(model)}
+    whole = [not eight or parameter.numel() < _MIN_8BIT or id(parameter) in embeddings for parameter in trained]
+    if not all(whole):
         tensors += [empty(256), empty(256)]  # the codes' tables, shared by all
-    for parameter in trained:
+    for parameter, in_32_bits in zip(trained, whole, strict=True):
         size = parameter.numel()
-        small = not eight or size < _MIN_8BIT
-        dtype = torch.float32 if small else torch.uint8
+        dtype = torch.float32 if in_32_bits else torch.uint8
         if paged and size >= _MIN_PAGED:
             outside += 2 * size * dtype.itemsize
         else:
             tensors += [empty(parameter.shape, dtype), empty(parameter.shape, dtype)]
-        if not small:
+        if not in_32_bits:
             tensors += [empty(-(-size // 256)), empty(-(-size // 256))]
     return tensors, outside, None
 

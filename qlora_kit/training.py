@@ -257,8 +257,8 @@ class KitTrainer(Trainer):
 def trained_embeddings(model: torch.nn.Module) -> list[torch.nn.Embedding]:
     """Return the embeddings that are trained whole: 8-bit optimizers keep their state in 32 bits.
 
-    As transformers' Trainer does (trainer.py, `create_optimizer`), and bitsandbytes advises: a row's gradient is zero
-    until its token occurs (Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861).
+    So does transformers' Trainer (trainer.py, `create_optimizer`), as the optimizers' paper does (Dettmers et al.,
+    8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.3).
 
     Args:
         model: A model, with or without adapters.
@@ -362,7 +362,6 @@ class _Meter(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._stop()
-        control.should_log = True
         if self.rows and self.tokens is not None:
             self.trainer.log(
                 {
@@ -374,6 +373,8 @@ class _Meter(TrainerCallback):
                     "peak_bytes": peak_memory()["peak_bytes"],
                 }
             )
+        # After the log above, with which the Trainer takes every wish to log as fulfilled.
+        control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         for name in ("loss", "eval_loss", "grad_norm"):
