@@ -74,6 +74,7 @@ class ModelSpec:
     random_weights: bool = False
 
     def __post_init__(self) -> None:
+        _one_of("model", self)
         if not self.name.strip():
             raise KitError("model.name is empty: give a hub name, a folder, or embedded:minilm")
         if self.head_init == "class_means" and (self.head != "cosine" or self.pooling == "sequence_classification"):
@@ -118,6 +119,7 @@ class DataSpec:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        _one_of("data", self)
         if not self.name.strip():
             raise KitError("data.name is empty: give banking77, a CSV or Parquet file, or a hub name")
         if not 0.0 < self.validation < 1.0:
@@ -152,6 +154,7 @@ class LoraSpec:
     bias: Literal["none", "all", "lora_only"] = "none"
 
     def __post_init__(self) -> None:
+        _one_of("lora", self)
         _at_least("lora.r", self.r, 1)
         if self.alpha <= 0:
             raise KitError(f"lora.alpha is {self.alpha}: allowed is a number above 0")
@@ -237,6 +240,7 @@ class TrainingSpec:
     graphs: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("training", self)
         for name in ("batch_size", "eval_batch_size", "gradient_accumulation", "logging_steps"):
             _at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("max_steps", "early_stopping", "checkpoint_steps", "threads"):
@@ -261,10 +265,16 @@ class TrackingSpec:
         wandb: `auto` logs online where the user is logged in and offline otherwise; `none` for no W&B. What is logged
             includes a few validation texts: those that the model is most wrong about.
         project: Name of the W&B project.
+
+    Raises:
+        KitError: For a value outside of what is allowed.
     """
 
     wandb: Literal["auto", "offline", "online", "none"] = "auto"
     project: str = "qlora_kit"
+
+    def __post_init__(self) -> None:
+        _one_of("tracking", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,6 +483,13 @@ def safe_name(what: str, name: str) -> str:
 # --- checking -----------------------------------------------------------------------------------------------
 
 
+def _one_of(section: str, spec: Any) -> None:
+    """Refuse a field of a section that has none of the values that its `Literal` lists."""
+    for name, hint in get_type_hints(type(spec)).items():
+        if get_origin(hint) is Literal and getattr(spec, name) not in get_args(hint):
+            raise unknown(f"{section}.{name} called", getattr(spec, name), get_args(hint))
+
+
 def _at_least(name: str, value: float | None, least: float) -> None:
     if value is not None and not least <= value < float("inf"):
         raise KitError(f"{name} is {value}: allowed is {least} or more")
@@ -533,13 +550,10 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    literals: list[str] = []
     for option in options:
         if get_origin(option) is Literal:
-            literals += get_args(option)
-            if value in get_args(option):
-                return value
-        elif dataclasses.is_dataclass(option) and isinstance(option, type):
+            return value  # the section itself says what is allowed
+        if dataclasses.is_dataclass(option) and isinstance(option, type):
             if value is not None:
                 return _build(option, value, where, f"{name}.")
         elif get_origin(option) is tuple:
@@ -564,8 +578,6 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
                     continue
         elif option is str and isinstance(value, str):
             return value
-    if literals:
-        raise unknown(f"{name} called", value, literals)
     wanted = " or ".join(_spoken(option) for option in options)
     raise KitError(f"{where}: {name} is {value!r}: allowed is {wanted}")
 

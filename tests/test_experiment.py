@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 import qlora_kit as qk
-from qlora_kit.experiment import Experiment, LoraSpec, ModelSpec, TrainingSpec, field_names
+from qlora_kit.experiment import DataSpec, Experiment, LoraSpec, ModelSpec, TrackingSpec, TrainingSpec, field_names
 from qlora_kit.quantization import Quantization
 
 
@@ -50,6 +50,28 @@ def test_yaml_round_trip():
 def test_bad_values_are_refused_with_what_is_allowed(changes, message):
     with pytest.raises(ValueError, match=message):
         qk.preset("minilm_banking77_qlora").override(changes)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ModelSpec, {"name": "x", "pooling": "men"}, r"no model.pooling called 'men'. Did you mean 'mean'\?"),
+        (ModelSpec, {"name": "x", "head": "cosin"}, r"no model.head called 'cosin'. Did you mean 'cosine'\?"),
+        (DataSpec, {"too_long": "cutt"}, r"no data.too_long called 'cutt'. Did you mean 'cut'\? Allowed: cut, refuse"),
+        (LoraSpec, {"bias": "lora"}, r"no lora.bias called 'lora'. Did you mean 'lora_only'\?"),
+        (TrainingSpec, {"padding": "bucket"}, r"no training.padding called 'bucket'. Did you mean 'buckets'\?"),
+        (TrainingSpec, {"precision": "bf-16"}, r"no training.precision called 'bf-16'. Did you mean 'bf16'\?"),
+        (TrainingSpec, {"optimizer": ["sgd"]}, r"no training.optimizer called \['sgd'\]"),
+        (TrackingSpec, {"wandb": "off"}, r"no tracking.wandb called 'off'. Did you mean 'offline'\?"),
+    ],
+)
+def test_a_section_made_in_python_is_checked_as_one_from_yaml_is(section, values, message):
+    with pytest.raises(qk.KitError, match=message):
+        section(**values)
+    tree = Experiment(name="a", model=ModelSpec("x")).to_dict()
+    tree[section.__name__.removesuffix("Spec").lower()] = values
+    with pytest.raises(qk.KitError, match=message):
+        Experiment.from_dict(tree)
 
 
 def test_numbers_are_read_as_yaml_means_them():
