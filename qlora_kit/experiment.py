@@ -286,7 +286,7 @@ class Experiment:
         model: The base model.
         data: The data set and its splits.
         quantization: How the frozen base's linear layers are stored.
-        lora: The adapters, or None for full fine-tuning (which needs `quantization.scheme` `none`).
+        lora: The adapters, or None for full fine-tuning (which needs `quantization.scheme` and `embeddings` `none`).
         training: How it is trained.
         tracking: Where it is logged.
 
@@ -309,6 +309,11 @@ class Experiment:
             raise KitError(
                 f"full fine-tuning (lora: null) of {self.quantization.scheme} weights is not possible: 4- and "
                 "8-bit weights have no gradient. Set quantization.scheme to none, or give a lora section."
+            )
+        if self.lora is None and self.quantization.embeddings != "none":
+            raise KitError(
+                f"full fine-tuning (lora: null) with embeddings in {self.quantization.embeddings} is not possible: 4-bit "
+                "embeddings have no gradient. Set quantization.embeddings to none, or give a lora section."
             )
         if self.lora is not None and self.lora.bias != "none" and self.quantization.scheme == "int8":
             raise KitError(

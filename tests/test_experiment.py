@@ -42,6 +42,10 @@ def test_yaml_round_trip():
         ({"quantization.scheme": "nf5"}, r"'nf5'. Did you mean 'nf4'\?"),
         ({"data.validation": 1.5}, "data.validation is 1.5"),
         ({"lora": None}, "full fine-tuning .* of nf4 weights is not possible"),
+        (
+            {"lora": None, "quantization.scheme": "none", "quantization.embeddings": "nf4"},
+            "full fine-tuning .* with embeddings in nf4 is not possible",
+        ),
         ({"lora.bias": "all", "quantization.scheme": "int8"}, "lora.bias: all cannot go with .*int8"),
         ({"name": "../../etc"}, "cannot be the name of the experiment"),
         ({"training.early_stopping": 2, "training.keep_best": False}, "early_stopping needs .*keep_best"),
