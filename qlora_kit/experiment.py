@@ -312,8 +312,8 @@ class Experiment:
             )
         if self.lora is None and self.quantization.embeddings != "none":
             raise KitError(
-                f"full fine-tuning (lora: null) with embeddings in {self.quantization.embeddings} is not possible: 4-bit "
-                "embeddings have no gradient. Set quantization.embeddings to none, or give a lora section."
+                f"full fine-tuning (lora: null) with embeddings in {self.quantization.embeddings} is not possible: "
+                "4-bit embeddings have no gradient. Set quantization.embeddings to none, or give a lora section."
             )
         if self.lora is not None and self.lora.bias != "none" and self.quantization.scheme == "int8":
             raise KitError(
