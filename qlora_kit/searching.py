@@ -483,10 +483,7 @@ class _Searcher(training.KitTrainer):
         tokens: Mapping[str, list[list[int]]],
         folder: Path,
     ) -> None:
-        # A trial's weights are not kept, so there is no checkpoint to go on from or to go back to.
-        self.start = experiment.override(
-            {"training.keep_best": False, "training.early_stopping": None, "training.checkpoint_steps": None}
-        )
+        self.start = experiment.override({"training.checkpoint_steps": None})
         self.best_epoch = experiment.training.keep_best
         self.space, self.data, self.tokenizer, self.folder = space, data, tokenizer, folder
         self.device = training.trainers_device(models.default_device())
@@ -511,6 +508,8 @@ class _Searcher(training.KitTrainer):
             progress=False,
             eval_rows=training.evaluation_rows(experiment, self.device.type),
         )
+        # A trial's weights are not kept, so there is no checkpoint to go on from, and none for the Trainer to go back to
+        # at the end, where `keep_best` wants the best.
         arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
         return arguments
 

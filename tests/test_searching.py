@@ -57,6 +57,25 @@ def test_the_best_trial_is_what_finetune_reaches_with_its_settings(start, topics
     assert not (found.path / "checkpoints").exists()
 
 
+def test_a_trial_stops_early_where_finetune_does(start, topics, tmp_path):
+    start = start.override(
+        {"training.epochs": 8, "training.keep_best": True, "training.early_stopping": 1, "training.learning_rate": 0.02}
+    )
+    space = {"training.learning_rate": [0.02, 0.01]}
+    found = qk.search(start, space, trials=4, prune=False, data=topics, out=tmp_path, progress=False)
+    runs = {}
+    for rate in space["training.learning_rate"]:
+        experiment = start.override({"training.learning_rate": rate})
+        runs[rate] = qk.finetune(experiment, data=topics, out=tmp_path, name=f"{rate}", progress=False)
+    assert {trial["parameters"]["training.learning_rate"] for trial in found.trials} == runs.keys()
+    assert min(len(run.training["epochs"]) for run in runs.values()) < 8
+    for trial in found.trials:
+        run = runs[trial["parameters"]["training.learning_rate"]]
+        epochs = [epoch["validation"]["f1_macro"] for epoch in run.training["epochs"]]
+        assert trial["epochs"] == np.maximum.accumulate(epochs).tolist()  # a trial tells the best so far
+        assert trial["f1_macro"] == run.training["metrics"]["validation"]["f1_macro"]["value"]
+
+
 @pytest.mark.parametrize(("keep_best", "reached"), [(True, 0.8), (False, 0.7)])
 def test_a_trial_counts_with_the_epoch_whose_weights_finetune_keeps(keep_best, reached):
     history = [{"loss": 1.0}, {"eval_f1_macro": 0.6}, {"eval_f1_macro": 0.8}, {"eval_f1_macro": 0.7}]
