@@ -143,13 +143,7 @@ def _save(run: Run, model: Any, folder: Path, dtype: torch.dtype) -> str:
         kind, source = transformers.AutoModelForSequenceClassification, model
         layout = "transformers"
     # Into a model of transformers' own, whose config says what the run changed for training no more.
-    fresh_config = models.load_config(
-        run.experiment.model,
-        num_labels=len(run.label_names),
-        id2label=dict(enumerate(run.label_names)),
-        label2id={name: index for index, name in enumerate(run.label_names)},
-        pad_token_id=config.pad_token_id,
-    )
+    fresh_config = models.classifier_config(run.experiment.model, run.label_names, pad_token_id=config.pad_token_id)
     with torch.device("meta"):
         plain: Any = kind.from_config(fresh_config, dtype=dtype)
     if getattr(source, "pooler", False) is None:

@@ -681,6 +681,31 @@ def load_config(spec: ModelSpec, **changes: Any) -> transformers.PretrainedConfi
     return config
 
 
+def classifier_config(spec: ModelSpec, label_names: Sequence[str], **changes: Any) -> transformers.PretrainedConfig:
+    """Read a base model's configuration as that of a classifier which gives a text one of some labels.
+
+    Args:
+        spec: Which base.
+        label_names: Names of the classes, in the order of their ids.
+        **changes: Further values to set in it.
+
+    Returns:
+        The configuration; no weights.
+
+    Raises:
+        KitError: As `load_config`.
+    """
+    return load_config(
+        spec,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+        # The base may be a classifier of several labels at once, or a regression.
+        problem_type="single_label_classification",
+        **changes,
+    )
+
+
 def layers_of(spec: ModelSpec) -> int:
     """Return how many layers a base has; 1 where its configuration does not say.
 
@@ -755,12 +780,7 @@ def build_classifier(
     """
     spec = experiment.model
     base = find_base(spec)
-    config = load_config(
-        spec,
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={name: index for index, name in enumerate(label_names)},
-    )
+    config = classifier_config(spec, label_names)
     if spec.name.startswith("shape:") and not spec.random_weights:
         raise KitError(f"{spec.name} is a shape without weights: set model.random_weights: true, or name a model")
     pooling = resolve_pooling(spec, config)
@@ -863,21 +883,36 @@ def _pretrained(
         device_map=None if int4 else {"": device.index if device.type == "cuda" else "cpu"},
         quantization_config=bitsandbytes_config(quantization, dtype, [*heads, "lm_head"]),
         output_loading_info=True,
+        # A head of another number of labels; what else does not fit is refused below.
+        ignore_mismatched_sizes=True,
     )
     # The mean goes past BERT's pooler, which is dropped; transformers' own head is on top of it.
     fresh = {"pooler"} if auto is transformers.AutoModel else set(heads)
-    missing = sorted(key for key in loading["missing_keys"] if not fresh & set(key.split(".")))
+    misshapen = {key for key, *_ in loading["mismatched_keys"]}
+    missing = sorted(key for key in {*loading["missing_keys"], *misshapen} if not fresh & set(key.split(".")))
     if missing:
         raise KitError(
-            f"{base.source} lacks {len(missing)} of the weights that {type(model).__name__} needs, the first "
-            f"{missing[0]!r}; they would be random"
+            f"{base.source} lacks {len(missing)} of the weights that {type(model).__name__} needs, or has them in "
+            f"another shape, the first {missing[0]!r}; they would be random"
         )
+    if not any(set(heads) & set(key.split(".")) for key in loading["missing_keys"]):
+        # The checkpoint is a classifier already. (Of ModernBERT's head, a masked language model has a part as well.)
+        _start_heads_afresh_(model, heads)
     if int4:
         from .int4 import quantize_linears_
 
         quantize_linears_(model, quantization, heads, dtype, device)
         model = model.to(device)
     return model
+
+
+@torch.no_grad()
+def _start_heads_afresh_(model: Any, heads: Sequence[str]) -> None:
+    """Initialize heads that were read from a checkpoint as transformers does where a checkpoint has none, in place."""
+    for head in heads:
+        for parameter in model.get_submodule(head).parameters():
+            parameter._is_hf_initialized = False
+        model.get_submodule(head).apply(model._init_weights)
 
 
 def _random(

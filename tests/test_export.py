@@ -71,6 +71,8 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
     assert report["before"]["accuracy"]["value"] == pytest.approx((before == truth).mean())
     after = np.array([topics.label_names.index(name) for name in plain(tmp_path / "merged", texts)[len(TEXTS) :]])
     assert report["after"]["accuracy"]["value"] == pytest.approx((after == truth).mean())
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.problem_type == "single_label_classification"  # whatever the base was: a pipeline goes by it
     card = (tmp_path / "merged" / "README.md").read_text()
     assert (
         f"{report['before']['f1_macro']['value']:.4f}" in card and f"{report['after']['f1_macro']['value']:.4f}" in card

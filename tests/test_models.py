@@ -344,6 +344,57 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny, tmp_path, tiny_experim
         models.build(tiny_experiment("bert", model__name=str(folder)), LABELS, device=CPU)
 
 
+@pytest.mark.parametrize("scheme", ["none", "nf4", "int4"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2"])
+def test_a_base_that_is_a_classifier_already_gets_a_fresh_head(tiny_experiment, tmp_path, name, scheme):
+    experiment = tiny_experiment(
+        name,
+        quantization__scheme=scheme,
+        model__pooling="sequence_classification",
+        lora__target_modules=["c_attn" if name == "gpt2" else "query"],
+    )
+
+    def build(folder=experiment.model.name, seed=0):
+        changed = experiment.override({"model.name": str(folder), "training.seed": seed})
+        return models.build(changed, LABELS, device=CPU, pad_token_id=0)
+
+    def head(model):
+        return {key: p.detach() for key, p in model.named_parameters() if models.is_head_parameter(key)}
+
+    wanted = head(build())
+    assert not all(torch.equal(value, wanted[key]) for key, value in head(build(seed=1)).items())
+    ids, labels = torch.tensor([[5, 6, 7]] * 3), torch.tensor([0, 1, 2])
+    for count, problem in ((3, None), (5, None), (3, "multi_label_classification"), (1, "regression")):
+        folder = tmp_path / f"{count} {problem}"
+        config = transformers.AutoConfig.from_pretrained(experiment.model.name, num_labels=count, problem_type=problem)
+        config.initializer_range = 1.0  # what is left of its head is 50 times what a fresh one is
+        made = transformers.AutoModelForSequenceClassification.from_config(config)
+        made.config.initializer_range = 0.02
+        made.save_pretrained(folder)
+        model = build(folder)
+        fresh = head(model)
+        assert fresh.keys() == wanted.keys()
+        assert all(value.shape == wanted[key].shape and value.std() < 0.1 for key, value in fresh.items())
+        if count == len(LABELS):
+            assert all(torch.equal(value, wanted[key]) for key, value in fresh.items())
+        assert all(torch.equal(value, fresh[key]) for key, value in head(build(folder)).items())
+        output = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        assert torch.allclose(output.loss, nn.functional.cross_entropy(output.logits, labels))
+    models.save_adapter(model, tmp_path / "adapter")
+    changed = experiment.override({"model.name": str(folder), "training.seed": 1})
+    again = models.load_trained(changed, LABELS, tmp_path / "adapter", device=CPU, pad_token_id=0)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(logits_of(again, batch), logits_of(model, batch))
+
+
+def test_a_checkpoint_whose_weights_have_another_shape_is_refused(tiny, tmp_path, tiny_experiment):
+    shutil.copytree(tiny("bert"), tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    with pytest.raises(KitError, match=r"another shape, the first 'embeddings\.position_embeddings\.weight'"):
+        models.build(tiny_experiment("bert", model__name=str(tmp_path / "bert")), LABELS, device=CPU)
+
+
 def test_a_checkpoint_without_a_pooler_is_refused_where_the_head_is_on_top_of_it(tiny, tmp_path, tiny_experiment):
     experiment = tiny_experiment("bert", model__name=str(tmp_path))
     masked = transformers.AutoModelForMaskedLM.from_config(models.load_config(tiny_experiment("bert").model))
