@@ -233,7 +233,11 @@ def test_the_commit_says_whether_files_differ(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "__file__", str(package / "records.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert commit() is None  # an installed package
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+    (tmp_path / ".gitignore").write_text("package\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "somebody's own"]):
+        subprocess.run([*git, *command], check=True)
+    assert commit() is None  # installed inside of a repository that does not hold it
+    for command in (["add", "-f", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert commit() == head
