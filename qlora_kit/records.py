@@ -474,10 +474,14 @@ class Run:
 
         Returns:
             The model in eval mode, on the GPU where there is one, and its tokenizer.
+
+        Raises:
+            KitError: When the base is not the one that the run was trained on, or weights are missing or do not fit.
         """
         if self._model is None:
             from . import models
 
+            self._check_base()
             self._tokenizer = models.load_tokenizer(self.experiment.model, self.path / "tokenizer")
             self._model = models.load_trained(
                 self.experiment,
@@ -486,6 +490,22 @@ class Run:
                 pad_token_id=self._tokenizer.pad_token_id,
             )
         return self._model, self._tokenizer
+
+    def _check_base(self) -> None:
+        """Refuse another base than the run was trained on, where both are files whose checksums are known."""
+        from . import models
+
+        spec = self.experiment.model
+        # A run folder whose records have been left out still predicts; random weights are read from no file.
+        if spec.random_weights or not (self.path / "environment.json").is_file():
+            return
+        trained_on, found = self.environment.get("checksums", {}).get("base"), models.find_base(spec).checksum
+        if trained_on and found and trained_on != found:
+            raise KitError(
+                f"{self.path} was trained on other weights than {spec.name} now holds (checksum {trained_on[:12]}… "
+                f"against {found[:12]}…): its adapters mean nothing on these. Bring the base back as it was, or train "
+                "again"
+            )
 
     @functools.cached_property
     def evaluation_rows(self) -> int:

@@ -674,7 +674,7 @@ def finetune(
     base = models.find_base(experiment.model)
     records.refuse_links(folder)
     with records.locked(folder):
-        finished = _settle(folder, experiment, data, resume)
+        finished = _settle(folder, experiment, data, base, resume)
         if finished is not None:
             logger.warning("%s is finished already; it is returned as it is.", folder)
             return finished
@@ -696,7 +696,7 @@ def finetune(
                 _count_memory_anew(device)
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
-            _begin(folder, experiment, data)
+            _begin(folder, experiment, data, base)
             with tracking.opened(experiment, Path(out), folder.name) as tracked_run:
                 trainer = _trainer(
                     experiment, model, tokenizer, data, tokens, folder, device, precision, bool(tracked_run), progress
@@ -744,7 +744,7 @@ def with_data(experiment: Experiment, data: TextData) -> Experiment:
     return experiment.override({"name": name, "data": records.plain(data.spec)})
 
 
-def _settle(folder: Path, experiment: Experiment, data: TextData, resume: bool) -> Run | None:
+def _settle(folder: Path, experiment: Experiment, data: TextData, base: models.Base, resume: bool) -> Run | None:
     """Decide what an existing run folder is: finished (returned), cut off (kept), or another's (moved aside)."""
     if not (folder / "experiment.yaml").is_file():
         return None
@@ -755,6 +755,8 @@ def _settle(folder: Path, experiment: Experiment, data: TextData, resume: bool) 
             resume
             and _same(Experiment.from_yaml(folder / "experiment.yaml"), experiment)
             and begun.get("checksums", {}).get("data") == data.checksum
+            # Unknown for a base on the hub.
+            and begun["checksums"].get("base") in (None, base.checksum)
         )
     if same:
         if not (folder / "training.json").is_file():
@@ -780,9 +782,10 @@ def _same(first: Experiment, second: Experiment) -> bool:
     return one == two
 
 
-def _begin(folder: Path, experiment: Experiment, data: TextData) -> None:
+def _begin(folder: Path, experiment: Experiment, data: TextData, base: models.Base) -> None:
     if not (folder / "experiment.yaml").is_file():
-        records.write_json(folder / "environment.json", records.environment(data_checksum=data.checksum))
+        environment = records.environment(data_checksum=data.checksum, base_checksum=base.checksum)
+        records.write_json(folder / "environment.json", environment)
         if experiment.data.name != "banking77":  # a file may move or change, and the run folder alone must do
             data.save(folder / "data")
         records.write_text(folder / "experiment.yaml", experiment.to_yaml())

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from conftest import ROOT
 
-from qlora_kit import preset, records
+from qlora_kit import finetune, models, preset, records
 from qlora_kit.errors import KitError
 
 
@@ -293,6 +295,51 @@ def test_a_run_folder_is_opened(tmp_path):
         records.load_run(tmp_path / "rnu")
     with pytest.raises(KitError, match="there is no run folder 'no/such/place'"):
         records.load_run("no/such/place")
+
+
+def test_a_run_goes_with_the_base_that_it_was_trained_on_alone(tiny, topics, tiny_experiment, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    shutil.copytree(tiny("bert"), base)
+    before = weights.read_bytes()
+    experiment = tiny_experiment("bert", model__name=str(base), training__max_steps=2)
+    run = finetune(experiment, data=topics, out=tmp_path, name="run", progress=False)
+    assert run.environment["checksums"]["base"] == models.sha256(weights)
+    logits = run.predict(["where is my card"]).logits
+    state = {name: value + 0.05 if value.is_floating_point() else value for name, value in load_file(weights).items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        KitError, match=rf"{run.path} was trained on other weights than {base} now holds .* train again"
+    ):
+        records.load_run(run.path).predict(["where is my card"])
+    again = finetune(experiment, data=topics, out=tmp_path, name="run", progress=False)  # the other is moved aside
+    assert again.environment["checksums"]["base"] == models.sha256(weights) and again.predict(["where is my card"])
+    (aside,) = tmp_path.glob("run-*")
+    weights.write_bytes(before)
+    assert np.array_equal(records.load_run(aside).predict(["where is my card"]).logits, logits)
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_own_base_alone(tiny, topics, tiny_experiment, tmp_path):
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    base, weights = tmp_path / "base", tmp_path / "base" / "model.safetensors"
+    shutil.copytree(tiny("bert"), base)
+    experiment = tiny_experiment("bert", model__name=str(base), training__max_steps=2)
+
+    def cut_off():
+        with pytest.raises(KeyboardInterrupt):
+            finetune(experiment, data=topics, out=tmp_path, name="run", progress=False, callbacks=[Stop()])
+        return records.read_json(tmp_path / "run" / "environment.json")["checksums"]["base"], len(
+            list(tmp_path.glob("run*"))
+        )
+
+    first = cut_off()
+    assert first == cut_off() == (models.sha256(weights), 1)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert cut_off() == (models.sha256(weights), 2)
 
 
 @pytest.mark.parametrize("part", ["experiment.yaml", "training.json", "adapter", "tokenizer"])
