@@ -8,6 +8,7 @@ run trained with its settings is tested.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import shutil
@@ -508,8 +509,8 @@ class _Searcher(training.KitTrainer):
             progress=False,
             eval_rows=training.evaluation_rows(experiment, self.device.type),
         )
-        # A trial's weights are not kept, so there is no checkpoint to go on from, and none for the Trainer to go back to
-        # at the end, where `keep_best` wants the best.
+        # A trial's weights are not kept: there is no checkpoint to go on from, nor one for the Trainer to go back to at
+        # the end, where `keep_best` wants the best.
         arguments.save_strategy = transformers.trainer_utils.SaveStrategy.NO
         return arguments
 
@@ -550,17 +551,25 @@ class _Searcher(training.KitTrainer):
         """Train a trial; one whose loss or memory is beyond limits ends as a pruned one that says why."""
         import optuna
 
+        self.let_go()
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except BaseException as error:
-            # Before the next one is built, or two would be in memory.
-            self.graphs, self.trained = None, []
-            self.model = self.model_wrapped = None  # type: ignore[assignment]  # as the Trainer does after a whole one
-            self.accelerator.free_memory()
-            if trial is not None and isinstance(error, (training.TrainingError, torch.cuda.OutOfMemoryError)):
-                trial.set_user_attr("error", str(error).partition("\n")[0])
-                raise optuna.TrialPruned from error
-            raise
+        except (training.TrainingError, torch.cuda.OutOfMemoryError) as error:
+            if trial is None:
+                raise
+            trial.set_user_attr("error", str(error).partition("\n")[0])
+            raise optuna.TrialPruned from error
+
+    def let_go(self) -> None:
+        """Let go of the model and of all that hangs on it: before the next one is built, or two would be in memory."""
+        self.model = self.model_wrapped = None  # type: ignore[assignment]  # as the Trainer does after a trial
+        self.optimizer = self.lr_scheduler = None
+        self.graphs, self.gradients, self.trained = None, None, []
+        handler = self.callback_handler
+        handler.model = handler.optimizer = handler.lr_scheduler = None
+        self.accelerator.free_memory()
+        gc.collect()  # a model refers to itself, and so does the traceback of a trial that could not go on
+        torch.cuda.empty_cache()
 
     def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:
         # Trials with other batch sizes have other steps; epochs are what they have in common.

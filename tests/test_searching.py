@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from conftest import ROOT
 
 import qlora_kit as qk
 from qlora_kit import __main__ as cli
-from qlora_kit import records, searching
+from qlora_kit import models, records, searching
 from qlora_kit.experiment import Experiment
 
 SPACE = {"training.learning_rate": (1e-4, 3e-2, "log"), "lora.r": [2, 4, 8], "training.batch_size": [8, 16]}
@@ -243,6 +245,28 @@ def test_a_trial_whose_loss_is_lost_is_told_and_the_search_goes_on(start, topics
     with pytest.raises(qk.KitError, match=r"no trial of .* was finished"):
         _ = found.best
     assert not (found.path / "best.yaml").exists()
+
+
+def test_one_model_is_in_memory_at_a_time(start, topics, tmp_path, monkeypatch):
+    build, made, alive = models.build, [], []
+
+    def watched(*args, **kwargs):
+        alive.append(sum(model() is not None for model in made))
+        model = build(*args, **kwargs)
+        made.append(weakref.ref(next(model.parameters())))
+        return model
+
+    monkeypatch.setattr(models, "build", watched)
+    # The first one's loss is lost, and its traceback holds on to its model.
+    space = {"training.learning_rate": [1e30, 5e-3]}
+    start = start.override({"training.learning_rate": 1e30, "training.max_grad_norm": 1e30})
+    gc.disable()
+    try:
+        found = qk.search(start, space, trials=5, prune=False, data=topics, out=tmp_path, progress=False)
+    finally:
+        gc.enable()
+    assert {trial["state"] for trial in found.trials} == {"complete", "pruned"}
+    assert len(alive) >= 5 and not any(alive)
 
 
 def test_a_trial_behind_the_others_is_pruned(start, topics, tmp_path):
