@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import random
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -1275,14 +1276,27 @@ def load_trained(
         pad_token_id: The tokenizer's.
 
     Returns:
-        The model in eval mode.
+        The model in eval mode. The caller's random numbers go on as if nothing had been loaded.
 
     Raises:
         KitError: When weights are missing or do not fit.
     """
-    model = build(experiment, label_names, device=device, pad_token_id=pad_token_id)
-    load_weights_(model, adapter)
+    with _generators_kept():
+        model = build(experiment, label_names, device=device, pad_token_id=pad_token_id)
+        load_weights_(model, adapter)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the generators that `transformers.set_seed` seeds back to where they were before a block."""
+    python, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
 
 
 def load_weights_(model: nn.Module, folder: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -578,6 +579,33 @@ def test_saved_and_loaded_in_a_new_process_the_logits_are_the_same_bits(tiny_exp
     save_file(broken, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="trained weights are missing"):
         qk.load_run(tmp_path).predict(TEXTS)
+
+
+def test_loading_a_run_leaves_the_callers_random_numbers_alone(tiny_experiment, tmp_path):
+    experiment = tiny_experiment("bert")
+    models.save_adapter(models.build(experiment, LABELS, device=CPU), tmp_path / "adapter")
+    models.load_tokenizer(experiment.model).save_pretrained(tmp_path / "tokenizer")
+    records.write_text(tmp_path / "experiment.yaml", experiment.to_yaml())
+    records.write_json(tmp_path / "training.json", {"labels": LABELS})
+
+    def numbers():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    def seed():
+        random.seed(123)
+        np.random.seed(123)
+        torch.manual_seed(123)
+
+    seed()
+    wanted = numbers()
+    seed()
+    qk.load_run(tmp_path).load()
+    assert numbers() == wanted
+    seed()
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(KitError, match="is missing"):
+        qk.load_run(tmp_path).load()
+    assert numbers() == wanted
 
 
 def models_state(folder):
