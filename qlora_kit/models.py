@@ -791,7 +791,7 @@ def build_classifier(
         if pad_token_id is not None:
             part.pad_token_id = pad_token_id
         part.use_cache = False
-        _set_dropout(part, spec.dropout)
+    _set_dropout(config, spec)
     precision = precision_of(experiment, device)
     # In full fine-tuning every weight is trained, and what is trained is fp32. A CPU's bf16 is for training's matrix
     # products alone: what is not quantized stays fp32 there, so that it predicts in fp32 with the same weights.
@@ -835,26 +835,37 @@ def build_classifier(
     return keep_weights_as_stored_(model).eval()
 
 
-def _set_dropout(config: transformers.PretrainedConfig, dropout: float | None) -> None:
-    if dropout is None:
+# What transformers' configurations call the probabilities of the base's own dropout; a head's are not among them.
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "embd_pdrop",
+    "emb_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "activation_dropout",
+    "embedding_dropout",
+    "embed_dropout",
+    "mlp_dropout",
+    "resid_dropout",
+    "residual_dropout",
+)
+
+
+def _set_dropout(config: transformers.PretrainedConfig, spec: ModelSpec) -> None:
+    if spec.dropout is None:
         return
-    names = [
-        name
-        for name in [
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "attention_dropout",
-            "hidden_dropout",
-            "dropout",
-            "embd_pdrop",
-            "attn_pdrop",
-            "resid_pdrop",
-            "activation_dropout",
-        ]
-        if getattr(config, name, None) is not None
-    ]
-    for name in names:
-        setattr(config, name, dropout)
+    found = False
+    for part in (config, config.get_text_config()):
+        for name in DROPOUTS:
+            if getattr(part, name, None) is not None:
+                setattr(part, name, spec.dropout)
+                found = True
+    if not found:
+        logger.warning("model.dropout does nothing: the configuration of %s has none of its names.", spec.name)
 
 
 def _pretrained(

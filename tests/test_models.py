@@ -190,6 +190,26 @@ def test_a_cosine_head_looks_at_directions_alone(tiny_experiment, name, tmp_path
     assert torch.equal(logits_of(again, batch), logits_of(model, batch))
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("BertConfig", {"hidden_dropout_prob", "attention_probs_dropout_prob"}),
+        ("GPT2Config", {"embd_pdrop", "attn_pdrop", "resid_pdrop"}),
+        ("ModernBertConfig", {"embedding_dropout", "attention_dropout", "mlp_dropout"}),
+        ("GPTNeoConfig", {"embed_dropout", "attention_dropout", "resid_dropout"}),
+        ("Starcoder2Config", {"embedding_dropout", "attention_dropout", "residual_dropout"}),
+        ("T5Config", set()),  # it has a name of its own
+    ],
+)
+def test_a_bases_own_dropout_is_set_wherever_it_has_some(caplog, kind, names):
+    config = getattr(transformers, kind)()
+    before = config.to_dict()
+    models._set_dropout(config, ModelSpec("a/b", dropout=0.37))
+    assert {name for name, value in config.to_dict().items() if value != before.get(name)} == names
+    assert all(getattr(config, name) == 0.37 for name in names)
+    assert ("model.dropout does nothing: the configuration of a/b" in caplog.text) is not bool(names)
+
+
 def test_a_cosine_head_is_refused_where_the_head_has_several_layers(tiny_experiment):
     experiment = tiny_experiment("roberta", model__head="cosine", model__pooling="sequence_classification")
     with pytest.raises(ValueError, match="head of several layers"):
