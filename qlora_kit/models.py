@@ -892,7 +892,7 @@ def _pretrained(
         dtype=dtype,
         # One device a process: "auto" would spread or move the model, and moving a 4-bit model fails. int4 is not
         # made while a checkpoint is read: from the host, so that a GPU need not hold the whole model in 16 bits.
-        device_map=None if int4 else {"": device.index if device.type == "cuda" else "cpu"},
+        device_map=None if int4 else {"": device},
         quantization_config=bitsandbytes_config(quantization, dtype, [*heads, "lm_head"]),
         output_loading_info=True,
         # A head of another number of labels; what else does not fit is refused below.

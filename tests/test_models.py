@@ -210,6 +210,14 @@ def test_a_bases_own_dropout_is_set_wherever_it_has_some(caplog, kind, names):
     assert ("model.dropout does nothing: the configuration of a/b" in caplog.text) is not bool(names)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "int4", "none"])
+def test_a_device_without_a_number_is_the_current_gpu(tiny_experiment, scheme):
+    experiment = tiny_experiment("bert", quantization__scheme=scheme)
+    model = models.build(experiment, LABELS, device=torch.device("cuda"), pad_token_id=0)
+    assert {p.device for p in model.parameters()} == {torch.device("cuda", torch.cuda.current_device())}
+
+
 def test_a_cosine_head_is_refused_where_the_head_has_several_layers(tiny_experiment):
     experiment = tiny_experiment("roberta", model__head="cosine", model__pooling="sequence_classification")
     with pytest.raises(ValueError, match="head of several layers"):
