@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import evaluate as hf_evaluate
 import numpy as np
+import scipy.special
 import sklearn.metrics
 
 from . import data as kit_data
@@ -206,9 +207,7 @@ def cross_entropy(logits: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Return the softmax of logits `[rows, classes]` in float64."""
-    scores = _logits(logits)
-    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-    shares: np.ndarray = scores / scores.sum(axis=1, keepdims=True)
+    shares: np.ndarray = scipy.special.softmax(_logits(logits), axis=1)
     return shares
 
 
@@ -224,34 +223,36 @@ def per_label(logits: np.ndarray, labels: Sequence[int] | np.ndarray, names: Seq
         A row a label, in the order of `names`: `label`, `support` (test rows of it), `predicted` (rows taken
         for it), `precision`, `recall`, `f1` (0 where there is nothing to divide by).
     """
-    matrix = confusion_matrix(logits, labels, len(names))
-    hits, support, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    rows = []
-    for i, name in enumerate(names):
-        rows.append(
-            {
-                "label": name,
-                "support": int(support[i]),
-                "predicted": int(predicted[i]),
-                "precision": _ratio(hits[i], predicted[i]),
-                "recall": _ratio(hits[i], support[i]),
-                "f1": _ratio(2 * hits[i], support[i] + predicted[i]),
-            }
-        )
-    return rows
+    predicted = confusion_matrix(logits, labels, len(names)).sum(axis=0)
+    scores = sklearn.metrics.precision_recall_fscore_support(
+        _labels(labels), _predictions(logits), labels=range(len(names)), zero_division=0
+    )
+    return [
+        {
+            "label": name,
+            "support": int(support),
+            "predicted": int(taken),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+        }
+        for name, taken, precision, recall, f1, support in zip(names, predicted, *scores, strict=True)
+    ]
 
 
 def confusion_matrix(logits: np.ndarray, labels: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
     """Count rows by true class (first axis) and predicted class (second): int64 `[classes, classes]`.
 
     Raises:
-        KitError: For a class beyond `classes`, or other rows than the labels'.
+        KitError: For a class below 0 or beyond `classes`, or other rows than the labels'.
     """
     predictions, truth = _predictions(logits), _labels(labels)
     _same_length(predictions, truth)
-    if len(truth) and max(truth.max(), predictions.max()) >= classes:
-        raise KitError(f"class {max(truth.max(), predictions.max())} has no name: there are {classes}")
-    return np.bincount(truth * classes + predictions, minlength=classes**2).reshape(classes, classes)
+    lowest, highest = min(truth.min(), predictions.min()), max(truth.max(), predictions.max())
+    if lowest < 0 or highest >= classes:
+        raise KitError(f"class {lowest if lowest < 0 else highest} has no name: there are {classes}")
+    matrix: np.ndarray = sklearn.metrics.confusion_matrix(truth, predictions, labels=range(classes))
+    return matrix
 
 
 def confusions(
@@ -665,7 +666,3 @@ def _labels(labels: Any) -> np.ndarray:
 def _same_length(predictions: np.ndarray, truth: np.ndarray) -> None:
     if len(predictions) != len(truth):
         raise KitError(f"{len(predictions)} predictions for {len(truth)} labels")
-
-
-def _ratio(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole else 0.0

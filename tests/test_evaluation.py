@@ -200,6 +200,8 @@ def test_per_label_is_scikit_learns():
     assert (matrix == confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))).all()
     with pytest.raises(KitError, match="no name"):
         evaluation.per_label(logits, labels, names[:3])
+    with pytest.raises(KitError, match="class -1 has no name: there are 7"):
+        evaluation.confusion_matrix(np.where(labels == 2, -1, labels), labels, 7)
 
 
 def test_confusions_name_pairs_with_their_surest_texts():
