@@ -383,7 +383,11 @@ def test_8_bit_optimizers_keep_embeddings_in_32_bits_and_later_runs_as_they_are(
 def test_an_epochs_loss_is_the_mean_over_its_steps(topics, tiny_experiment, tmp_path):
     each, three = (
         qk.finetune(
-            tiny_experiment("bert", training__logging_steps=every), data=topics, out=tmp_path, name=f"{every}"
+            tiny_experiment("bert", training__logging_steps=every),
+            data=topics,
+            out=tmp_path,
+            name=f"{every}",
+            progress=False,
         ).training
         for every in (1, 3)
     )
@@ -392,6 +396,12 @@ def test_an_epochs_loss_is_the_mean_over_its_steps(topics, tiny_experiment, tmp_
     assert all(np.diff(ends) % 3)  # so that the last loss of an epoch is that of fewer steps
     for record in (each, three):
         assert [epoch["loss"] for epoch in record["epochs"]] == pytest.approx(means, abs=1e-4)
+    # A run that was cut off in its second epoch has the same losses: none from before its checkpoint is lost.
+    experiment = tiny_experiment("bert", training__logging_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        qk.finetune(experiment, data=topics, out=tmp_path, name="cut", progress=False, callbacks=[StopAt(13)])
+    again = qk.finetune(experiment, data=topics, out=tmp_path, name="cut", progress=False).training
+    assert again["losses"] == three["losses"] and again["timing"]["resumed_from_step"] == ends[1]
 
 
 def test_evaluation_has_a_loss(finished):
