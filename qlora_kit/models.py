@@ -1292,18 +1292,22 @@ def load_trained(
     Raises:
         KitError: When weights are missing or do not fit.
     """
-    with _generators_kept():
+    device = device or default_device()
+    with _generators_kept(device):
         model = build(experiment, label_names, device=device, pad_token_id=pad_token_id)
         load_weights_(model, adapter)
     return model.eval()
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Put the generators that `transformers.set_seed` seeds back to where they were before a block."""
+def _generators_kept(device: torch.device) -> Iterator[None]:
+    """Put the generators that `transformers.set_seed` seeds back to where they were before a block.
+
+    Of GPUs, that of `device` alone: reading another's would open it.
+    """
     python, numpys = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)
