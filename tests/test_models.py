@@ -572,7 +572,9 @@ def _write_gguf(file, config):
     writer.close()
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "int4", "none"])
+@pytest.mark.parametrize(
+    "scheme", ["nf4", pytest.param("int4", marks=pytest.mark.long), pytest.param("none", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_saved_and_loaded_in_a_new_process_the_logits_are_the_same_bits(tiny_experiment, name, scheme, tmp_path):
     # Trap 2: the trained head is not saved, or not restored.

@@ -35,6 +35,7 @@ def figures(search: qk.Search) -> list:
     return [(trial["parameters"], trial["state"], trial["epochs"], trial["error"]) for trial in search.trials]
 
 
+@pytest.mark.long
 def test_the_best_trial_is_what_finetune_reaches_with_its_settings(start, topics, tmp_path):
     start = start.override({"training.epochs": 2})
     found = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, progress=False)
@@ -95,6 +96,7 @@ def test_test_rows_are_never_looked_at(start, topics, tmp_path):
     assert "test" not in one.record["rows"]
 
 
+@pytest.mark.long
 def test_a_search_goes_on_with_what_is_missing_and_another_is_moved_aside(start, topics, tmp_path):
     whole = qk.search(start, SPACE, trials=3, data=topics, out=tmp_path, name="whole", progress=False)
     part = qk.search(start, SPACE, trials=2, data=topics, out=tmp_path, name="part", progress=False)
@@ -110,6 +112,7 @@ def test_a_search_goes_on_with_what_is_missing_and_another_is_moved_aside(start,
     assert figures(qk.Search(aside)) == figures(whole) and before != (other.path / "search.json").read_bytes()
 
 
+@pytest.mark.long
 def test_a_storage_elsewhere_brings_a_lost_search_back(start, topics, tmp_path):
     drive = tmp_path / "drive" / "trials.db"
 
@@ -269,6 +272,7 @@ def test_one_model_is_in_memory_at_a_time(start, topics, tmp_path, monkeypatch):
     assert len(alive) >= 5 and not any(alive)
 
 
+@pytest.mark.long
 def test_a_trial_behind_the_others_is_pruned(start, topics, tmp_path):
     space = {"training.learning_rate": [5e-3, 1e-7]}  # one that learns, and one that hardly moves
     found = qk.search(start, space, trials=6, data=topics, out=tmp_path, progress=False)

@@ -625,6 +625,7 @@ def test_no_room_on_the_disk_is_one_clear_message(finished, topics, tmp_path, mo
     assert all(torch.equal(weights_of(run)[name], value) for name, value in weights_of(again).items())
 
 
+@pytest.mark.long
 def test_peak_memory_is_this_processs_own():
     held = np.ones(2**27)  # 1 GiB, which the process that is measured does not have
     code = "from qlora_kit import training; print(training._most_resident())"
