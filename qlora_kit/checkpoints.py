@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Return where a folder's checkpoint of a step is, or would be."""
+    return folder / f"checkpoint-{step}"
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step in a checkpoint's name, or -1 where the name is none of a checkpoint."""
     head, _, step = checkpoint.name.partition("-")
@@ -47,7 +52,7 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
     Raises:
         KitError: When there is no room on the disk; earlier checkpoints stay as they are.
     """
-    target = folder / f"checkpoint-{step}"
+    target = path_of(folder, step)
     with records.saving(target):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".aside-", ignore_cleanup_errors=True) as aside:

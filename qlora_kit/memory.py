@@ -378,11 +378,9 @@ def _skeleton(experiment: Experiment, precision: str, labels: int, where: Device
     config: Any = models.load_config(experiment.model)
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     names = [f"label {place}" for place in range(labels)]
-    rng = torch.get_rng_state()
-    try:
-        model = models.build(changed, names, device=torch.device("meta"), pad_token_id=pad or 0)
-    finally:
-        torch.set_rng_state(rng)
+    meta = torch.device("meta")
+    with models.generators_kept(meta):
+        model = models.build(changed, names, device=meta, pad_token_id=pad or 0)
     model = model.to("meta")
     if where.kind == "cpu" and experiment.model.fused:
         use_cpu_attention_(model)

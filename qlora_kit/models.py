@@ -1293,17 +1293,18 @@ def load_trained(
         KitError: When weights are missing or do not fit.
     """
     device = device or default_device()
-    with _generators_kept(device):
+    with generators_kept(device):
         model = build(experiment, label_names, device=device, pad_token_id=pad_token_id)
         load_weights_(model, adapter)
     return model.eval()
 
 
 @contextlib.contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
+def generators_kept(device: torch.device) -> Iterator[None]:
     """Put the generators that `transformers.set_seed` seeds back to where they were before a block.
 
-    Of GPUs, that of `device` alone: reading another's would open it.
+    Args:
+        device: Of GPUs, its generator alone is put back: reading another's would open it.
     """
     python, numpys = random.getstate(), np.random.get_state()
     try:

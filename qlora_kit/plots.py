@@ -1270,11 +1270,11 @@ def _race(
     for place, name in enumerate(names):
         row = mine.get(name, {})
         rate = row.get("samples_per_second")
-        problem = row.get("problem") or "could not run"
-        text = f"{rate:,.0f}" if rate else problem if problem.startswith("not ready") else "could not run"
-        text = text if row else "not run"
+        problem = row.get("problem") or ""
+        text = "not run" if not row else problem if problem.startswith("not ready") else "could not run"
         low, high = row.get("samples_per_second_range") or (0.0, 0.0)
         if rate:
+            text = f"{rate:,.0f}"
             axes.barh(place, rate, height=0.6, color=BLUE if name.startswith("ours") else GREY)
             axes.plot([low, high], [place, place], color=BLACK, linewidth=1)
         axes.annotate(text, (high, place), (6, 0), textcoords="offset points", va="center")

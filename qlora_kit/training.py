@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Before anything that imports bitsandbytes by itself.
-from . import _bnb  # noqa: F401  # isort: skip
-import bitsandbytes as bnb
+from ._bnb import bnb  # isort: skip
 import numpy as np
 import peft
 import torch
@@ -227,7 +226,7 @@ class KitTrainer(Trainer):
         self.store_flos()
         best = self.state.best_global_step
         if best:
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+            self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best))
         stateful: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
@@ -333,7 +332,7 @@ class _Meter(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.best_global_step:
             # The path in the state is where the folder was when it was written.
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = str(checkpoints.path_of(Path(args.output_dir), state.best_global_step))
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
 
