@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from .flat import side_by_side
+from .graphs import Branch
 from .int4 import Int4Linear, Stored, triton_kernel
 from .quantization import NESTED_BLOCK_SIZE
 
@@ -54,8 +55,7 @@ class _AdaptedProduct(torch.autograd.Function):
         dropout: float,
         base: nn.Module,
     ) -> torch.Tensor:
-        adapted, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
-        out, low = _adapted_products(rows, adapted, low_a, low_b, scaling, base)
+        out, adapted, kept, low = _adapted_products(rows, low_a, low_b, scaling, dropout, base)
         ctx.save_for_backward(adapted, kept, low, low_a, low_b)
         ctx.scaling, ctx.dropout, ctx.base = scaling, dropout, base
         ctx.shape, ctx.given, ctx.trained = x.shape, x.dtype, (a.dtype, b.dtype)
@@ -66,17 +66,24 @@ class _AdaptedProduct(torch.autograd.Function):
         adapted, kept, low, low_a, low_b = ctx.saved_tensors
         dtype = adapted.dtype
         gradient = gradients[0].reshape(-1, low_b.shape[0]).to(dtype)
-        grad_low = _scaled_product(gradient, low_b, ctx.scaling)
-        grad_a = _product_in(ctx.trained[0], grad_low.T, adapted)
-        grad_b = _product_in(ctx.trained[1], gradient.T, low)
-        grad_x = None
+        weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ dense_weight(ctx.base, dtype)
-            if kept is None:
-                grad_x.addmm_(grad_low, low_a)
-            else:
-                grad_x.add_(torch.ops.aten.native_dropout_backward(grad_low @ low_a, kept, 1 / (1 - ctx.dropout)))
+            with Branch(gradient.device) as dequantizing:
+                weight = dense_weight(ctx.base, dtype)
+        grad_low = _scaled_product(gradient, low_b, ctx.scaling)
+        with Branch(gradient.device) as adapters:
+            grad_a = _product_in(ctx.trained[0], grad_low.T, adapted)
+            grad_b = _product_in(ctx.trained[1], gradient.T, low)
+        grad_x = None
+        if weight is not None:
+            grad_x = grad_low @ low_a
+            if kept is not None:
+                grad_x = torch.ops.aten.native_dropout_backward(grad_x, kept, 1 / (1 - ctx.dropout))
+            dequantizing.join()
+            grad_x.addmm_(gradient, weight)
+            weight = None
             grad_x = grad_x.view(ctx.shape).to(ctx.given)
+        adapters.join()
         return grad_x, None, grad_a, grad_b, None, None, None, None, None
 
 
@@ -86,7 +93,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
         ctx.base, ctx.dtype, ctx.shape, ctx.given = base, rows.dtype, x.shape, x.dtype
-        out = _base_product(rows, base)
+        out = _base_product(rows, dense_weight(base, rows.dtype), base)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -97,16 +104,20 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _adapted_products(
-    rows: torch.Tensor, adapted: torch.Tensor, low_a: torch.Tensor, low_b: torch.Tensor, scaling: float, base: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out = _base_product(rows, base)
+    rows: torch.Tensor, low_a: torch.Tensor, low_b: torch.Tensor, scaling: float, dropout: float, base: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Return the product, and what its gradients need: what `A` was given, what dropout kept of it, what `A` made."""
+    with Branch(rows.device) as dequantizing:
+        weight = dense_weight(base, rows.dtype)
+    adapted, kept = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
     low = _scaled_product(adapted, low_a.T, scaling)
-    return out.addmm_(low, low_b.T), low
+    dequantizing.join()
+    return _base_product(rows, weight, base).addmm_(low, low_b.T), adapted, kept, low
 
 
-def _base_product(rows: torch.Tensor, base: nn.Module) -> torch.Tensor:
+def _base_product(rows: torch.Tensor, weight: torch.Tensor, base: nn.Module) -> torch.Tensor:
     bias: Any = base.bias
-    return nn.functional.linear(rows, dense_weight(base, rows.dtype), None if bias is None else bias.to(rows.dtype))
+    return nn.functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
 
 
 def _scaled_product(one: torch.Tensor, other: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -252,7 +263,7 @@ def _forward(layer: Any, theirs: Any, casts: _Casts, x: torch.Tensor, *args: Any
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
     rows, scaling, base = _rows(x, dtype), layer.scaling[name], layer.get_base_layer()
     if not dropout and not torch.is_grad_enabled():  # autograd's part takes as long as a short text's small products
-        return _adapted_products(rows, rows, low_a, low_b, scaling, base)[0].view(*x.shape[:-1], -1)
+        return _adapted_products(rows, low_a, low_b, scaling, 0.0, base)[0].view(*x.shape[:-1], -1)
     product: torch.Tensor = _AdaptedProduct.apply(x, rows, a, b, low_a, low_b, scaling, dropout, base)
     return product
 

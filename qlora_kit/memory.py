@@ -439,8 +439,10 @@ class _Step:
         self.optimizer: Any = None
         self.gradients: graphs.Gradients | None = None
         self.graphs = graphs.obstacle(experiment.training, model, where.kind) is None
-        # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest.
-        self.cublas = where.cublas * (2 if self.graphs else 1)
+        # It keeps workspaces for each stream: graphs are captured on one of their own, beside that of all the rest, and
+        # the backward pass of adapted layers on a second.
+        branches = self.graphs and experiment.model.fused and experiment.lora is not None
+        self.cublas = where.cublas * (2 if self.graphs else 1) + (where.cublas // 2 if branches else 0)
 
     def hold_weights(self) -> None:
         """Count the weights, by kind."""

@@ -330,16 +330,16 @@ def test_no_memory_on_the_gpu_is_told_and_what_was_saved_goes_on(whole, experime
 
 
 def test_the_plan_says_which_batch_would_fit(experiment):
-    device = memory.Device("small", 64 * 2**20, (7, 5))
+    device = memory.Device("small", 80 * 2**20, (7, 5))
     said = training._plan_says(experiment.override({"training.batch_size": 512}), device)
     batches = {how: int(batch) for batch, how in re.findall(r"batch (\d+) (with|without) checkpointing", said)}
-    assert "64 MiB" in said and batches.keys() == {"with", "without"}
+    assert "80 MiB" in said and batches.keys() == {"with", "without"}
     for how, batch in batches.items():
         estimate = memory.Estimate(experiment.override({"training.gradient_checkpointing": how == "with"}), device)
         assert estimate.bytes(batch, 128) <= device.bytes < estimate.bytes(2 * batch, 128)
     assert "which fits: look whether something else" in training._plan_says(experiment, device)
     said = training._plan_says(experiment.override({"training.eval_batch_size": 4096}), device)
-    assert re.search(r"of 64 MiB, and [\d,]+ MiB for an evaluation of 4096 rows", said) and "fits" not in said
+    assert re.search(r"of 80 MiB, and [\d,]+ MiB for an evaluation of 4096 rows", said) and "fits" not in said
     tiny = memory.Device("tiny", 2**20, (7, 5))
     assert "not even one row would fit" in training._plan_says(experiment, tiny)
 

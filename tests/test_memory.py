@@ -182,6 +182,9 @@ def test_captured_steps_keep_their_gradients_and_a_workspace_of_their_own():
     held = captured.parts["gradients"] - eager.parts.get("gradients", 0)
     assert 4 * captured.parameters[0] <= held <= 4 * captured.parameters[0] + 128 * 20  # padded to 128 bytes each
     assert captured.parts["cuBLAS"] == 2 * eager.parts["cuBLAS"]
+    # The backward pass of fused layers has a second stream, on which the thread of gradients alone multiplies.
+    fused = memory.plan(shaped(**changes, model__fused=True), device="H100")
+    assert fused.parts["cuBLAS"] == 2.5 * eager.parts["cuBLAS"]
     # Other pieces of memory are taken, and what is not split off them counts.
     assert captured.parts["activations"] == pytest.approx(eager.parts["activations"], rel=0.01)
     # Where nothing is captured, nothing is held: 8-bit layers, and a CPU.
