@@ -26,6 +26,7 @@ from . import cards, checkpoints, evaluation, graphs, models, records, tracking
 from .data import LengthBatchSampler, TextData, TokenizedDataset, collator, edges_of, load, tokenize
 from .errors import KitError
 from .experiment import Experiment, TrainingSpec, safe_name
+from .flat import FlatAdamW
 from .records import Run
 
 if TYPE_CHECKING:
@@ -81,7 +82,6 @@ class KitTrainer(Trainer):
         """Make the optimizer: adapters and head apart, each with its own learning rate."""
         if self.optimizer is None:
             model = self.model if model is None else model
-            self._take(model)
             decayed = set(self.get_decay_parameter_names(model))
             heads = models.head_parameters(model)
             groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
@@ -89,8 +89,11 @@ class KitTrainer(Trainer):
                 if parameter.requires_grad:
                     key = (name in heads, name in decayed)
                     groups.setdefault(key, []).append(parameter)
+            self._take(model, [parameter for group in groups.values() for parameter in group])
             head_rate = self.spec.head_learning_rate or self.spec.learning_rate
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if self.gradients is not None and self.gradients.twice and arguments.get("fused"):
+                kind = FlatAdamW
             self.optimizer = kind(
                 [
                     {
@@ -106,9 +109,9 @@ class KitTrainer(Trainer):
                 _keep_embeddings_in_32_bits(self.optimizer, model)
         return self.optimizer
 
-    def _take(self, model: Any) -> None:
-        """Take a model to train: find what is trained once, and whether its steps can be graphs."""
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def _take(self, model: Any, trained: list[torch.nn.Parameter]) -> None:
+        """Take a model to train: note what is trained, and find once whether its steps can be graphs."""
+        self.trained = trained
         self.counted = models.trainable_parameters(model)[1]
         self.prepared = False
         device = self.args.device

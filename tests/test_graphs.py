@@ -53,6 +53,63 @@ def test_tensors_side_by_side_are_apart_and_aligned(dtype):
     assert int((whole != 0).sum()) == sum(tensor.numel() for tensor in like)
 
 
+def test_adamw_side_by_side_is_torchs_and_each_takes_over_the_others_state():
+    def groups(model):
+        first, second = model[0], model[2]
+        return [
+            {"params": [first.weight, second.weight], "weight_decay": 0.1, "lr": 1e-2},
+            {"params": [first.bias, second.bias], "weight_decay": 0.0, "lr": 3e-3},
+        ]
+
+    def flat_adamw(model):
+        graphs.Gradients([weight for group in groups(model) for weight in group["params"]])
+        return flat.FlatAdamW(groups(model), fused=True)
+
+    def train(model, optimizer, steps):
+        for seed in steps:
+            x = torch.randn(4, 7, generator=torch.Generator().manual_seed(seed))
+            for weight in model.parameters():
+                weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad.zero_()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    def same(one, other):  # torch rounds the end of a tensor, which is no whole vector, its own way
+        both = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+        return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in both)
+
+    ours, theirs = net(), net()
+    flats, plain = flat_adamw(ours), torch.optim.AdamW(groups(theirs), fused=True)
+    train(ours, flats, range(5))
+    train(theirs, plain, range(5))
+    assert same(ours, theirs) and not same(ours, net())
+    again, swapped = net(), net()
+    again.load_state_dict(theirs.state_dict())
+    swapped.load_state_dict(ours.state_dict())
+    resumed, other = flat_adamw(again), torch.optim.AdamW(groups(swapped), fused=True)
+    resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
+    other.load_state_dict(copy.deepcopy(flats.state_dict()))
+    for model, optimizer in ((ours, flats), (theirs, plain), (again, resumed), (swapped, other)):
+        train(model, optimizer, range(5, 9))
+    assert same(ours, theirs) and same(ours, again) and same(ours, swapped)
+
+
+def test_adamw_side_by_side_changes_nothing_where_a_gradient_is_not_finite():
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    graphs.Gradients(list(model.parameters()))
+    optimizer = flat.FlatAdamW([{"params": list(model.parameters())}], fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.full((1, 7), torch.inf)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert scaler.get_scale() < 2**16
+    model.zero_grad(set_to_none=False)
+    scaler.scale(model(torch.ones(1, 7)).sum()).backward()
+    scaler.step(optimizer)
+    assert not torch.equal(before["0.weight"], model[0].weight)
+
+
 def test_a_step_that_fails_leaves_the_gradients_where_they_were():
     model = net()
     gradients = graphs.Gradients(list(model.parameters()))
