@@ -11,7 +11,7 @@ Contenders, each a real `Trainer.train()` on Banking77's questions in a process 
     grouped         transformers' Trainer with train_sampling_strategy="group_by_length"
     compiled        grouped, with torch_compile=True; widths are multiples of 8, as any other is compiled for anew
     compiled_graphs the same with mode="reduce-overhead" (its own CUDA graphs) and few widths of batches
-    unsloth         unsloth's model and Trainer, where it is installed and knows the shape
+    unsloth         unsloth's model and Trainer, without dropout, where it is installed and knows the shape
     ours_eager      KitTrainer with training.graphs none
     ours            KitTrainer as a run has it
 
@@ -290,8 +290,8 @@ def compete(model: str, method: str, contender: str, precision: str, batch: int,
     """Train until told to end, reporting each repeat as one line of JSON on standard output."""
     try:
         trainer = trainer_of(model, method, contender, precision, batch)
-    except ImportError as error:
-        report({"problem": f"cannot be installed here: {error}" if contender == "unsloth" else str(error)})
+    except Exception as error:  # a contender that cannot is a row, not the end of the race
+        report({"problem": told_as_problem(error)})
         return
     from qlora_kit import models, records
 
@@ -304,8 +304,12 @@ def compete(model: str, method: str, contender: str, precision: str, batch: int,
     }
     try:
         trainer.train()
-    except Exception as error:  # a contender that cannot is a row, not the end of the race
-        report({"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+    except Exception as error:
+        report({"problem": told_as_problem(error)})
+
+
+def told_as_problem(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def report(values: dict[str, Any]) -> None:
@@ -479,9 +483,9 @@ def experiment_of(model: str, method: str, precision: str, batch: int, ours: boo
 def unsloth_trainer(model: str, method: str, precision: str, batch: int) -> Any:
     """Build unsloth's own model and Trainer, on the one shape here that it supports."""
     if model != "smollm2-135m":
-        raise ImportError(f"unsloth has no {model}")
+        raise ValueError(f"unsloth has no {model}")
     import unsloth  # must come before transformers
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from qlora_kit import data, models
     from qlora_kit.experiment import preset
@@ -490,21 +494,24 @@ def unsloth_trainer(model: str, method: str, precision: str, batch: int) -> Any:
     assert experiment.lora is not None
     source = models.find_base(experiment.model).source
     text = data.banking77()
-    built, tokenizer = unsloth.FastModel.from_pretrained(
+    built, tokenizer = unsloth.FastLanguageModel.from_pretrained(
         source,
         load_in_4bit=method == "qlora",
         max_seq_length=experiment.data.max_length,
         num_labels=len(text.label_names),
-        auto_model=AutoModelForSequenceClassification,
+        use_gradient_checkpointing=False,
     )
-    built = unsloth.FastModel.get_peft_model(
-        built, r=experiment.lora.r, lora_alpha=experiment.lora.alpha, lora_dropout=0, task_type="SEQ_CLS"
+    built.config.pad_token_id = tokenizer.pad_token_id
+    # Its kernels are for every linear layer, which is its default and the preset's choice, and for no dropout.
+    built = unsloth.FastLanguageModel.get_peft_model(
+        built, r=experiment.lora.r, lora_alpha=experiment.lora.alpha, lora_dropout=0, use_gradient_checkpointing=False
     )
     tokens = data.tokenize(tokenizer, text.train.texts, experiment.data.max_length)
     arguments = TrainingArguments(
         **settings(batch, precision),
         output_dir="runs/speed-unsloth",
-        optim="adamw_8bit",
+        learning_rate=experiment.training.learning_rate,
+        optim="adamw_torch_fused",
         train_sampling_strategy="group_by_length",
     )
     rows = data.TokenizedDataset(tokens, text.train.labels)
@@ -522,7 +529,8 @@ def limit(model: str, method: str, precision: str, batch: int) -> dict[str, Any]
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from qlora_kit import data, models, quantization, records
+    from qlora_kit import data, models, quantization, records  # isort: skip  # first: it imports bitsandbytes with care
+    from transformers import PreTrainedModel
 
     experiment = experiment_of(model, method, precision, batch, True)
     device = models.default_device()
@@ -530,6 +538,9 @@ def limit(model: str, method: str, precision: str, batch: int) -> dict[str, Any]
     tokenizer = models.load_tokenizer(experiment.model)
     length = max(1, round(float(np.mean(data.token_lengths(tokenizer, text.train.texts)))))
     built = models.build(experiment, text.label_names, device=device, pad_token_id=tokenizer.pad_token_id)
+    for module in built.modules():
+        if isinstance(module, PreTrainedModel):  # torch counts no fused attention with fewer keys than queries
+            module.set_attn_implementation("eager")
     ids = torch.ones((batch, length), dtype=torch.long, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device)
     counter = FlopCounterMode(display=False)
