@@ -49,6 +49,7 @@ def test_fifty_steps_as_graphs_are_those_of_eager_steps(
 
 @pytest.mark.parametrize("changes", [{"training__gradient_checkpointing": True}, {"quantization__scheme": "int4"},
                                      {"training__gradient_checkpointing": True, "training__gradient_accumulation": 3},
+                                     {"lora__bias": "all"},
                                      {"lora": None, "quantization__scheme": "none"}])  # fmt: skip
 def test_other_ways_of_training_are_those_of_eager_steps(topics, tiny_experiment, tmp_path, changes):
     rate = {"training__learning_rate": 1e-4} if "lora" in changes else {}

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qlora_kit import fused, int4, quantization
+import qlora_kit as qk
+from qlora_kit import fused, int4, models, quantization
 from qlora_kit._bnb import bnb
 from qlora_kit.int4 import Int4Linear, quantize_linears_, register
 from qlora_kit.quantization import BLOCK_SIZES, Quantization
@@ -91,6 +92,23 @@ def test_it_trains_under_lora_with_autocast(dtype):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_pretrained_base_is_never_whole_on_the_gpu():
+    held, most = {}, {}
+    for scheme in ("none", "int4"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        experiment = qk.preset("minilm_banking77_qlora").override({"quantization.scheme": scheme})
+        model = models.build(experiment, ["a", "b"], device=torch.device("cuda"), pad_token_id=0)
+        held[scheme] = torch.cuda.memory_allocated() - before
+        most[scheme] = torch.cuda.max_memory_allocated() - before
+        del model
+    # More than it keeps is one layer alone: the largest has 1536 x 384 weights, and its codes are made in a few passes.
+    assert held["int4"] < held["none"] - 10 * 2**20
+    assert most["int4"] < held["int4"] + 8 * 4 * 1536 * 384
+    assert most["int4"] < held["none"]
 
 
 def test_it_can_be_captured_in_a_cuda_graph():
