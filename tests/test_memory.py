@@ -183,7 +183,7 @@ def test_captured_steps_keep_their_gradients_and_a_workspace_of_their_own():
     assert 4 * captured.parameters[0] <= held <= 4 * captured.parameters[0] + 128 * 20  # padded to 128 bytes each
     assert captured.parts["cuBLAS"] == 2 * eager.parts["cuBLAS"]
     # The backward pass of fused layers has a second stream, on which the thread of gradients alone multiplies.
-    fused = memory.plan(shaped(**changes, model__fused=True), device="H100")
+    fused = memory.plan(shaped(**changes, training__graphs="auto", model__fused=True), device="H100")
     assert fused.parts["cuBLAS"] == 2.5 * eager.parts["cuBLAS"]
     # Other pieces of memory are taken, and what is not split off them counts.
     assert captured.parts["activations"] == pytest.approx(eager.parts["activations"], rel=0.01)
