@@ -285,8 +285,8 @@ class Branch:
     def __exit__(self, *_: object) -> None:
         if self._streams is not None:
             first, second = self._streams
-            self._done = second.record_event()
             torch.cuda.set_stream(first)
+            self._done = second.record_event()
 
     def join(self) -> None:
         """Let what is launched from now on wait for the branch."""

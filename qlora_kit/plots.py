@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 WIDTH = 6.5  # inches
+METHOD_NAMES = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     "#0072B2",
     "#E69F00",
@@ -534,13 +535,12 @@ def stability(curves: Sequence[Mapping[str, Any]]) -> KitFigure:
         Two panels over the optimizer's steps.
     """
     colours = {"qlora": BLUE, "lora": ORANGE, "full": RED}
-    names = {"qlora": "QLoRA", "lora": "LoRA", "full": "full fine-tuning"}
     counts = Counter(curve["method"] for curve in curves)
     figure, (top, bottom) = new(height=5.4, rows=2, sharex=True)
     for curve in curves:
         method = curve["method"]
         runs = counts.pop(method, 0)  # the legend has one line for each method
-        label = f"{names.get(method, method)}, {runs} run{'s' * (runs > 1)}" if runs else None
+        label = f"{METHOD_NAMES.get(method, method)}, {runs} run{'s' * (runs > 1)}" if runs else None
         for axes, key in ((top, "loss"), (bottom, "grad_norm")):
             values = np.array([np.nan if value is None else value for value in curve[key]], dtype=float)
             # A line of a few points is hardly one.
@@ -1241,14 +1241,10 @@ def speed(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
         [field for field, contenders in count.items() if contenders > 1] or count,
         key=lambda field: (*field[:3], field[3] != "qlora", *field[4:]),
     )
-    names = {
-        device: [name for name in CONTENDER_NAMES if any(r["contender"] == name for r in rows if r["device"] == device)]
-        for device, *_ in fields
-    }
-    heights = [1.3 + 0.36 * len(names[device]) for device, *_ in fields]
+    heights = [1.3 + 0.36 * count[field] for field in fields]
     figure, panels = new(height=sum(heights), rows=len(fields), squeeze=False, height_ratios=heights)
     for field, axes in zip(fields, panels[:, 0], strict=True):
-        _race(axes, field, names[field[0]], rows, limits)
+        _race(axes, field, rows, limits)
     return figure
 
 
@@ -1257,21 +1253,18 @@ def _field(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _race(
-    axes: Any,
-    field: tuple[Any, ...],
-    names: Sequence[str],
-    rows: Sequence[Mapping[str, Any]],
-    limits: Sequence[Mapping[str, Any]],
+    axes: Any, field: tuple[Any, ...], rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
 ) -> None:
     """Draw one panel of `speed`."""
     device, model, precision, method, batch, _ = field
     mine = {row["contender"]: row for row in rows if _field(row) == field}
+    names = [name for name in CONTENDER_NAMES if name in mine]
     most = max([row["samples_per_second"] or 0.0 for row in mine.values()]) or 1.0
     for place, name in enumerate(names):
-        row = mine.get(name, {})
+        row = mine[name]
         rate = row.get("samples_per_second")
         problem = row.get("problem") or ""
-        text = "not run" if not row else problem if problem.startswith("not ready") else "could not run"
+        text = problem if problem.startswith("not ready") else "could not run"
         low, high = row.get("samples_per_second_range") or (0.0, 0.0)
         if rate:
             text = f"{rate:,.0f}"
@@ -1284,7 +1277,8 @@ def _race(
         if bound < 2.5 * most:
             axes.axvline(bound, color=ORANGE, linestyle="--", linewidth=1.5)
         axes.set_xlabel(f"texts a second (limit of the arithmetic: {bound:,.0f})")
-    axes.set_title(f"{model}, {short_device(device)}:\n{method}, {precision}, batch {batch}", loc="left", fontsize=11)
+    what = f"{METHOD_NAMES[method]}, {precision}, batch {batch}"
+    axes.set_title(f"{model}, {short_device(device)}:\n{what}", loc="left", fontsize=11)
     axes.set_yticks(range(len(names)), [CONTENDER_NAMES[name] for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.margins(x=0.17)
