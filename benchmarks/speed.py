@@ -20,9 +20,10 @@ by side on CUDA, where compiling takes minutes), then take turns: each trains `-
 batches are all as wide, a tenth) while the others wait, `--repeats` times over, so that what the machine does besides
 falls on all alike (a GPU's host varies by two). `step_seconds` and `samples_per_second` are medians over the repeats,
 data loading, clipping and optimizer included; `start_seconds` is from the process's start to its first finished step.
-On CUDA `device_seconds` is what a step's kernels take (from the profiler, in a repeat of its own; `ours` runs some side by
-side, and their sum is more than the step) and `peak_bytes` the most bytes allocated; on a CPU the former does not exist and the latter is the resident set. Weights are random where
-the model's own are not on this machine: speed and memory do not depend on them.
+On CUDA `device_seconds` is what a step's kernels take (from the profiler, in a repeat of its own; `ours` runs some side
+by side, and their sum is more than the step) and `peak_bytes` the most bytes allocated; on a CPU the former does not
+exist and the latter is the resident set. Weights are random where the model's own are not on this machine: speed and
+memory do not depend on them.
 
 `limit` counts what a step cannot do without (operations of its matrix products; bytes of frozen weights read twice and
 of trained weights, gradients and AdamW's state) for real tokens alone, over the ceilings that this device reaches in a
