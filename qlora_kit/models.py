@@ -16,6 +16,7 @@ import inspect
 import logging
 import os
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,7 @@ class Base:
     Args:
         source: Folder, or hub name, as transformers' `from_pretrained` takes it.
         revision: Revision on the hub, or None.
-        checksum: SHA-256 of the weights where they are a local file, else None.
+        checksum: SHA-256 of the weights where they are one local file, the hub's cache included, else None.
         licence: SPDX identifier where it is known, else None.
     """
 
@@ -141,7 +142,20 @@ def find_base(spec: ModelSpec) -> Base:
         return Base(str(folder), None, _checksum(weights) if weights.is_file() else None, None)
     if spec.name.count("/") > 1 or spec.name.startswith((".", "~", os.sep)):
         raise KitError(f"there is no model folder {spec.name!r} (a hub name has the form owner/name)")
-    return Base(spec.name, spec.revision, None, None)
+    return Base(spec.name, spec.revision, _cached_checksum(spec), None)
+
+
+def _cached_checksum(spec: ModelSpec) -> str | None:
+    """Return the SHA-256 of a hub model's weights in the local cache: what a branch's name stands for may change."""
+    import huggingface_hub
+
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        found = huggingface_hub.try_to_load_from_cache(spec.name, file, revision=spec.revision)
+        if isinstance(found, str):
+            # The cache names a large file by its SHA-256, which spares reading gigabytes.
+            stored = Path(found).resolve()
+            return stored.name if re.fullmatch("[0-9a-f]{64}", stored.name) else _checksum(stored)
+    return None
 
 
 def _find_embedded(name: str) -> Base:

@@ -1068,7 +1068,9 @@ def _finish(
                 shutil.rmtree(stale, ignore_errors=True)
             save(aside)
             records.move_into_place(aside, folder / part)
-        environment = records.environment(device, data_checksum=data.checksum, base_checksum=base.checksum)
+        # Found anew: a model from the hub may have come into the cache since.
+        checksum = models.find_base(experiment.model).checksum
+        environment = records.environment(device, data_checksum=data.checksum, base_checksum=checksum)
         records.write_json(folder / "environment.json", environment)
         card = cards.model_card(experiment, records.plain(training), base.licence, environment=environment)
         records.write_text(folder / "README.md", card)

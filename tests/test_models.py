@@ -465,6 +465,11 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
     shutil.copytree(tiny("gpt2"), snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+    checksum = models.sha256(snapshot / "model.safetensors")
+    large, stored = tmp_path / "models--tiny--large" / "snapshots" / ("1" * 40), tmp_path / ("a" * 64)
+    large.mkdir(parents=True)
+    stored.write_bytes(b"weights")
+    (large / "pytorch_model.bin").symlink_to(stored)  # as the cache keeps large files
     code = (
         "import qlora_kit as qk; from qlora_kit import models; from qlora_kit.experiment import *\n"
         "spec = ModelSpec('tiny/gpt2'); print(models.hub_weights('tiny/gpt2'), models.hub_weights('tiny/absent'))\n"
@@ -472,6 +477,8 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
         "t = models.load_tokenizer(spec)\n"
         "m = models.build(e, ['a', 'b'], pad_token_id=t.pad_token_id); print(type(m).__name__)\n"
         "print(m.peft_config['default'].base_model_name_or_path)\n"
+        "print('found', models.find_base(spec).checksum, models.find_base(ModelSpec('tiny/absent')).checksum)\n"
+        "print('large', models.find_base(ModelSpec('tiny/large', revision='1' * 40)).checksum)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -483,6 +490,7 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
     assert "(True, 'is in the local cache')" in result.stdout
     assert "(False, 'is not in the local cache and HF_HUB_OFFLINE is set')" in result.stdout
     assert "PeftModelForSequenceClassification\ntiny/gpt2" in result.stdout
+    assert f"found {checksum} None" in result.stdout and f"large {stored.name}" in result.stdout
 
 
 def test_auto_takes_the_big_preset_where_its_weights_are(monkeypatch):
