@@ -65,7 +65,9 @@ class Graphs:
         self._captured: dict[tuple[Any, ...], _Captured] = {}
         self._seen: dict[tuple[Any, ...], int] = {}  # and how many checkpointed layers the work has
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream, _ = _capturing_streams(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._stream = _capturing_stream(device)
+        weakref.finalize(self, _idle.setdefault(device, []).append, self._stream)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -184,6 +186,7 @@ class Graphs:
     def _capture(self, key: tuple[Any, ...], work: Work, inputs: Inputs, layers: int) -> None:
         held = {name: value.to(self.device, copy=True) for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)  # also one that fails: going, it would take the workspaces of the others with it
         collecting = gc.isenabled()
         with self._aside():
             # A collection in the middle could free another graph, which no capture survives.
@@ -243,15 +246,28 @@ class Gradients:
         return norm
 
 
+# Streams that captures may take, and the one that branches of each take.
+_idle: dict[torch.device, list[torch.cuda.Stream]] = {}
 _second: dict[torch.cuda.Stream, torch.cuda.Stream] = {}
 
 
+def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream that no other `Graphs` captures on.
+
+    A graph that goes takes with it the workspaces that cuBLAS has for the stream it was captured on
+    (torch 2.13, `CUDAGraph::reset`), and what else was captured there would write where they were. Streams are taken
+    again all the same: cuBLAS keeps up to 32 MiB for each stream and thread that it has ever seen.
+    """
+    if idle := _idle.get(device):
+        return idle.pop()
+    first = torch.cuda.Stream(device)
+    _second[first] = _branching_stream(device)
+    return first
+
+
 @functools.cache
-def _capturing_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    # Two for all: cuBLAS keeps a workspace of up to 32 MiB for each stream and thread that it has ever seen.
-    first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    _second[first] = second
-    return first, second
+def _branching_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one for all: nothing begins a capture there
 
 
 class Branch:
@@ -282,11 +298,12 @@ class Branch:
             torch.cuda.set_stream(second)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._streams is not None:
             first, second = self._streams
             torch.cuda.set_stream(first)
-            self._done = second.record_event()
+            if kind is None:
+                self._done = second.record_event()
 
     def join(self) -> None:
         """Let what is launched from now on wait for the branch."""

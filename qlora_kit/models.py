@@ -150,7 +150,8 @@ def _cached_checksum(spec: ModelSpec) -> str | None:
     import huggingface_hub
 
     for file in ("model.safetensors", "pytorch_model.bin"):
-        found = huggingface_hub.try_to_load_from_cache(spec.name, file, revision=spec.revision)
+        with _readable(spec.name):
+            found = huggingface_hub.try_to_load_from_cache(spec.name, file, revision=spec.revision)
         if isinstance(found, str):
             # The cache names a large file by its SHA-256, which spares reading gigabytes.
             stored = Path(found).resolve()

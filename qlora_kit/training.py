@@ -92,7 +92,8 @@ class KitTrainer(Trainer):
             self._take(model, [parameter for group in groups.values() for parameter in group])
             head_rate = self.spec.head_learning_rate or self.spec.learning_rate
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, model)
-            if self.gradients is not None and self.gradients.twice and arguments.get("fused"):
+            adapters = self.gradients is not None and self.gradients.twice and isinstance(model, peft.PeftModel)
+            if adapters and arguments.get("fused"):  # safetensors takes a whole model side by side for tied weights
                 kind = FlatAdamW
             self.optimizer = kind(
                 [
@@ -111,6 +112,7 @@ class KitTrainer(Trainer):
 
     def _take(self, model: Any, trained: list[torch.nn.Parameter]) -> None:
         """Take a model to train: note what is trained, and find once whether its steps can be graphs."""
+        graphs.forget(model)  # those of predictions: weights may be moved
         self.trained = trained
         self.counted = models.trainable_parameters(model)[1]
         self.prepared = False
@@ -698,7 +700,7 @@ def finetune(
                 _count_memory_anew(device)
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
-            _begin(folder, experiment, data, base)
+            _begin(folder, experiment, data)
             with tracking.opened(experiment, Path(out), folder.name) as tracked_run:
                 trainer = _trainer(
                     experiment, model, tokenizer, data, tokens, folder, device, precision, bool(tracked_run), progress
@@ -757,8 +759,8 @@ def _settle(folder: Path, experiment: Experiment, data: TextData, base: models.B
             resume
             and _same(Experiment.from_yaml(folder / "experiment.yaml"), experiment)
             and begun.get("checksums", {}).get("data") == data.checksum
-            # Unknown for a base on the hub.
-            and begun["checksums"].get("base") in (None, base.checksum)
+            # Unknown for a base that is not in the hub's cache, then or now.
+            and (base.checksum is None or begun["checksums"].get("base") in (None, base.checksum))
         )
     if same:
         if not (folder / "training.json").is_file():
@@ -784,9 +786,11 @@ def _same(first: Experiment, second: Experiment) -> bool:
     return one == two
 
 
-def _begin(folder: Path, experiment: Experiment, data: TextData, base: models.Base) -> None:
+def _begin(folder: Path, experiment: Experiment, data: TextData) -> None:
     if not (folder / "experiment.yaml").is_file():
-        environment = records.environment(data_checksum=data.checksum, base_checksum=base.checksum)
+        # Found anew: a model from the hub may have come into the cache since.
+        checksum = models.find_base(experiment.model).checksum
+        environment = records.environment(data_checksum=data.checksum, base_checksum=checksum)
         records.write_json(folder / "environment.json", environment)
         if experiment.data.name != "banking77":  # a file may move or change, and the run folder alone must do
             data.save(folder / "data")
@@ -1068,7 +1072,6 @@ def _finish(
                 shutil.rmtree(stale, ignore_errors=True)
             save(aside)
             records.move_into_place(aside, folder / part)
-        # Found anew: a model from the hub may have come into the cache since.
         checksum = models.find_base(experiment.model).checksum
         environment = records.environment(device, data_checksum=data.checksum, base_checksum=checksum)
         records.write_json(folder / "environment.json", environment)

@@ -93,6 +93,26 @@ def test_adamw_side_by_side_is_torchs_and_each_takes_over_the_others_state():
     assert same(ours, theirs) and same(ours, again) and same(ours, swapped)
 
 
+def test_adapters_side_by_side_are_saved_and_loaded_in_place(tiny_experiment, tmp_path):
+    def adapted():
+        experiment = tiny_experiment("gpt2", training__precision="fp32")
+        model = models.build(experiment, list("abc"), pad_token_id=0)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        graphs.Gradients(trained)
+        return model, trained, flat.FlatAdamW([{"params": trained}], lr=0.1, fused=True)
+
+    model, trained, optimizer = adapted()
+    for weight in trained:
+        weight.grad.fill_(1.0)
+    optimizer.step()
+    models.save_adapter(model, tmp_path / "adapter")
+    other, weights, _ = adapted()
+    places = [weight.data_ptr() for weight in weights]
+    models.load_weights_(other, tmp_path / "adapter")
+    assert places == [weight.data_ptr() for weight in weights]
+    assert all(torch.equal(one, two) for one, two in zip(trained, weights, strict=True))
+
+
 def test_adamw_side_by_side_changes_nothing_where_a_gradient_is_not_finite():
     model = net()
     before = copy.deepcopy(model.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import numpy as np
@@ -15,7 +16,8 @@ import qlora_kit as qk
 from qlora_kit import graphs, memory, models
 
 pytestmark = pytest.mark.gpu
-NO_DROPOUT = {"lora__dropout": 0.0, "model__dropout": 0.0}
+# The presets' optimizer: one launch for all adapters.
+NO_DROPOUT = {"lora__dropout": 0.0, "model__dropout": 0.0, "training__optimizer": "adamw_torch_fused"}
 # 50 steps and more: 154 rows by 16, over buckets of several widths, the last batch of each epoch short.
 LONG = {"training__epochs": 6, "training__logging_steps": 1, "training__learning_rate": 1e-3}
 
@@ -107,6 +109,26 @@ def test_dropout_differs_from_replay_to_replay_and_is_the_same_when_recomputed()
             assert torch.allclose(weight.grad, loss)
         seen.add(loss.item())
     assert len(seen) > 10
+
+
+def test_a_graph_that_goes_takes_nothing_from_others():
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    one, other = torch.randn(64, 8192, device=device), torch.randn(8192, 64, device=device)
+    inputs = {"x": one}
+    first, second = graphs.Graphs(device), graphs.Graphs(device)
+    for captured in (first, second):  # a product that is split, which takes cuBLAS's workspace
+        captured.prepare("product", lambda given: given["x"] @ other, [inputs])
+    assert first.problem is None and second.problem is None
+    wanted = one @ other
+    del first, captured
+    gc.collect()
+    torch.cuda.empty_cache()
+    filling = [torch.full((2**20,), 7.0, device=device) for _ in range(64)]
+    assert torch.allclose(second.run("product", lambda given: given["x"] @ other, inputs), wanted, rtol=1e-3)
+    assert all((block == 7.0).all() for block in filling)
+    third = graphs.Graphs(device)
+    assert third._stream != second._stream
 
 
 def test_an_operation_that_asks_the_host_runs_eagerly_and_is_told_once(topics, tiny_experiment, tmp_path, caplog):

@@ -493,6 +493,13 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
     assert f"found {checksum} None" in result.stdout and f"large {stored.name}" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["my model", "owner/a--b", "C:\\models\\mine"])
+def test_a_name_that_the_hub_cannot_have_is_refused_in_a_line(name):
+    with pytest.raises(qk.KitError, match="could not be loaded") as caught:
+        models.load_tokenizer(ModelSpec(name))
+    assert name in str(caught.value).replace("\\\\", "\\") and len(str(caught.value).splitlines()) == 1
+
+
 def test_auto_takes_the_big_preset_where_its_weights_are(monkeypatch):
     monkeypatch.setattr(models, "cuda_available", lambda: True)
     assert qk.resolve_preset("auto")[0] == "minilm_banking77_qlora"

@@ -318,6 +318,10 @@ def test_a_run_goes_with_the_base_that_it_was_trained_on_alone(tiny, topics, tin
     (aside,) = tmp_path.glob("run-*")
     weights.write_bytes(before)
     assert np.array_equal(records.load_run(aside).predict(["where is my card"]).logits, logits)
+    # Weights that are gone, as from the hub's cache, say nothing against a finished run.
+    weights.unlink()
+    kept = finetune(experiment, data=topics, out=tmp_path, name="run", progress=False)
+    assert kept.path == again.path and len(list(tmp_path.glob("run*"))) == 2
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_own_base_alone(tiny, topics, tiny_experiment, tmp_path):
