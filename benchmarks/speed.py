@@ -291,26 +291,18 @@ def compete(model: str, method: str, contender: str, precision: str, batch: int,
     """Train until told to end, reporting each repeat as one line of JSON on standard output."""
     try:
         trainer = trainer_of(model, method, contender, precision, batch)
-    except Exception as error:  # a contender that cannot is a row, not the end of the race
-        report({"problem": told_as_problem(error)})
-        return
-    from qlora_kit import models, records
+        from qlora_kit import models, records
 
-    # Where every batch is as wide as the next, a tenth of the steps say as much.
-    watch = turns(max(3, steps // 10) if contender.startswith("recipe") else steps)(trainer)
-    trainer.add_callback(watch)
-    watch.about = {
-        "device": records.environment(models.default_device())["device"],
-        "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
-    }
-    try:
+        # Where every batch is as wide as the next, a tenth of the steps say as much.
+        watch = turns(max(3, steps // 10) if contender.startswith("recipe") else steps)(trainer)
+        trainer.add_callback(watch)
+        watch.about = {
+            "device": records.environment(models.default_device())["device"],
+            "optimizer": str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+        }
         trainer.train()
-    except Exception as error:
-        report({"problem": told_as_problem(error)})
-
-
-def told_as_problem(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except Exception as error:  # a contender that cannot is a row, not the end of the race
+        report({"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
 
 
 def report(values: dict[str, Any]) -> None:

@@ -147,15 +147,23 @@ def find_base(spec: ModelSpec) -> Base:
 
 def _cached_checksum(spec: ModelSpec) -> str | None:
     """Return the SHA-256 of a hub model's weights in the local cache: what a branch's name stands for may change."""
+    with _readable(spec.name):
+        weights = _cached_weights(spec.name, spec.revision)
+    if weights is None or weights.suffix == ".json":  # of several files
+        return None
+    # The cache names a large file by its SHA-256, which spares reading gigabytes.
+    stored = weights.resolve()
+    return stored.name if re.fullmatch("[0-9a-f]{64}", stored.name) else _checksum(stored)
+
+
+def _cached_weights(name: str, revision: str | None = None) -> Path | None:
+    """Return the local cache's file of a hub model's weights, or the index of them where they are several files."""
     import huggingface_hub
 
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        with _readable(spec.name):
-            found = huggingface_hub.try_to_load_from_cache(spec.name, file, revision=spec.revision)
+    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):
-            # The cache names a large file by its SHA-256, which spares reading gigabytes.
-            stored = Path(found).resolve()
-            return stored.name if re.fullmatch("[0-9a-f]{64}", stored.name) else _checksum(stored)
+            return Path(found)
     return None
 
 
@@ -258,9 +266,8 @@ def hub_weights(name: str) -> tuple[bool, str]:
     import huggingface_hub
     from huggingface_hub import constants
 
-    for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
-            return True, "is in the local cache"
+    if _cached_weights(name) is not None:
+        return True, "is in the local cache"
     if constants.HF_HUB_OFFLINE:
         return False, "is not in the local cache and HF_HUB_OFFLINE is set"
     try:

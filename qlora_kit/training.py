@@ -700,7 +700,8 @@ def finetune(
                 _count_memory_anew(device)
             if spec.gradient_checkpointing:
                 enable_checkpointing(model, spec.use_reentrant)
-            _begin(folder, experiment, data)
+            base = models.find_base(experiment.model)  # anew: one from the hub may have come into the cache
+            _begin(folder, experiment, data, base)
             with tracking.opened(experiment, Path(out), folder.name) as tracked_run:
                 trainer = _trainer(
                     experiment, model, tokenizer, data, tokens, folder, device, precision, bool(tracked_run), progress
@@ -786,11 +787,9 @@ def _same(first: Experiment, second: Experiment) -> bool:
     return one == two
 
 
-def _begin(folder: Path, experiment: Experiment, data: TextData) -> None:
+def _begin(folder: Path, experiment: Experiment, data: TextData, base: models.Base) -> None:
     if not (folder / "experiment.yaml").is_file():
-        # Found anew: a model from the hub may have come into the cache since.
-        checksum = models.find_base(experiment.model).checksum
-        environment = records.environment(data_checksum=data.checksum, base_checksum=checksum)
+        environment = records.environment(data_checksum=data.checksum, base_checksum=base.checksum)
         records.write_json(folder / "environment.json", environment)
         if experiment.data.name != "banking77":  # a file may move or change, and the run folder alone must do
             data.save(folder / "data")
@@ -1072,8 +1071,7 @@ def _finish(
                 shutil.rmtree(stale, ignore_errors=True)
             save(aside)
             records.move_into_place(aside, folder / part)
-        checksum = models.find_base(experiment.model).checksum
-        environment = records.environment(device, data_checksum=data.checksum, base_checksum=checksum)
+        environment = records.environment(device, data_checksum=data.checksum, base_checksum=base.checksum)
         records.write_json(folder / "environment.json", environment)
         card = cards.model_card(experiment, records.plain(training), base.licence, environment=environment)
         records.write_text(folder / "README.md", card)
