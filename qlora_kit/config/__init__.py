@@ -1,0 +1,29 @@
+"""Experiments: the settings from a YAML file or a call, checked before anything is loaded."""
+
+from .experiment import NOT_HAD as NOT_HAD
+from .experiment import Experiment as Experiment
+from .experiment import data_spec as data_spec
+from .experiment import field_names as field_names
+from .names import presets as presets
+from .names import safe_name as safe_name
+from .preset import preset as preset
+from .preset import resolve_preset as resolve_preset
+from .quantization import Quantization as Quantization
+from .sections import FLOAT32 as FLOAT32
+from .sections import MOST_ALPHA as MOST_ALPHA
+from .sections import MOST_DECAY as MOST_DECAY
+from .sections import MOST_EPOCHS as MOST_EPOCHS
+from .sections import MOST_RANK as MOST_RANK
+from .sections import MOST_ROWS as MOST_ROWS
+from .sections import MOST_SEED as MOST_SEED
+from .sections import MOST_STEPS as MOST_STEPS
+from .sections import MOST_THREADS as MOST_THREADS
+from .sections import MOST_TOKENS as MOST_TOKENS
+from .sections import DataSpec as DataSpec
+from .sections import LoraSpec as LoraSpec
+from .sections import ModelSpec as ModelSpec
+from .sections import Optimizer as Optimizer
+from .sections import Precision as Precision
+from .sections import Schedule as Schedule
+from .sections import TrackingSpec as TrackingSpec
+from .sections import TrainingSpec as TrainingSpec

@@ -1,0 +1,274 @@
+"""Turn a notebook's record into a section of the page: numbers, tables, settings, figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .screen import duration
+
+_MOST_ROWS = 100
+# A longer table is collapsed: otherwise what follows would be far below.
+_OPEN_ROWS = 30
+_LONG = ' class="long"'
+LONG_CELL = 40  # a longer cell (in characters) makes its column one of texts
+_NAMES = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "f1_weighted": "weighted F1",
+    "loss": "loss",
+    "test": "fine-tuned, test",
+    "test_without_leaked": "fine-tuned, test without leaked texts",
+    "validation": "fine-tuned, validation",
+    "tfidf_svm": "baseline: TF-IDF + linear SVM",
+    "embedding_svm": "baseline: frozen embeddings + linear SVM",
+}
+# Longer names for facts whose own names say too little beside others.
+_LONGER = {
+    "train_seconds": "training_seconds",
+    "total_seconds": "in_all_seconds",
+    "peak_bytes": "peak_memory_bytes",
+    "reserved_bytes": "reserved_memory_bytes",
+    "planned_bytes": "planned_memory_bytes",
+    "measure": "memory_measured",
+    "trainable": "trained_parameters",
+    "all": "all_parameters",
+}
+_COLUMNS = ("accuracy", "f1_macro", "f1_weighted", "loss")
+# Sections of a record that have their own place on the page, or repeat the notebook's heading.
+_KNOWN = {"schema", "notebook", "preset", "experiment", "metrics", "memory", "timing", "parameters", "environment"}
+
+
+def escaped(value: object) -> str:
+    """Return a value as text that is safe in HTML, between quotes too."""
+    return html.escape(str(value), quote=True)
+
+
+def as_number(value: Any) -> float:
+    """Return a record's value if it is a number, else 0."""
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Return a notebook's section of the page.
+
+    Args:
+        out: The folder OUT.
+        name: The notebook, e.g. `02_finetune`.
+        entry: What `run.json` says about it.
+        record: What the notebook itself wrote; empty if it wrote nothing.
+    """
+    parts = [f'<div class="head"><h2>{escaped(name)}</h2>', _state(entry)]
+    links = [
+        f'<a href="{escaped(name)}{ending}">{words}</a>'
+        for ending, words in ((".html", "read it"), (".ipynb", "notebook"), (".json", "record"))
+        if (out / f"{name}{ending}").is_file()
+    ]
+    parts.append(f"<span>{' · '.join(links)}</span></div>")
+    given = {key: value for key, value in entry.get("parameters", {}).items() if key not in ("preset", "out")}
+    if given:
+        shown = ", ".join(f"{key}={value}" for key, value in given.items())
+        parts.append(f'<p class="soft">with {escaped(shown)}</p>')
+    if entry.get("error"):
+        parts.append(f'<pre class="error">{escaped(entry["error"])}</pre>')
+    found = record.get("metrics")
+    metrics: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    parts.append(_metrics(metrics))
+    # Metrics that do not fit into the table above, from other notebooks.
+    scored = {key for key, value in metrics.items() if any(True for _ in _metric_rows({key: value}))}
+    parts += [_value(key, value) for key, value in metrics.items() if key not in scored]
+    facts: dict[str, Any] = {}
+    for key in ("timing", "memory", "parameters"):
+        if isinstance(record.get(key), dict):
+            facts.update({_LONGER.get(name, name): value for name, value in record[key].items()})
+    more = {key: value for key, value in record.items() if key not in _KNOWN}
+    facts.update({key: value for key, value in more.items() if not isinstance(value, (dict, list))})
+    parts.append(fact_list({key: value for key, value in facts.items() if not isinstance(value, (dict, list))}))
+    for key, value in more.items():
+        if isinstance(value, (dict, list)):
+            parts.append(_value(key, value))
+    parts.append(_figures(out / name))
+    for key, words in (("experiment", "The experiment"), ("environment", "Made with")):
+        if record.get(key):
+            parts.append(f"<details><summary>{words}</summary><pre>{_json(record[key])}</pre></details>")
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _state(entry: Mapping[str, Any]) -> str:
+    words = str(entry.get("state"))
+    if isinstance(entry.get("seconds"), (int, float)):
+        words += f" after {duration(entry['seconds'])}"
+    return f'<span class="state {escaped(entry.get("state"))}">{escaped(words)}</span>'
+
+
+# --- records as tables --------------------------------------------------------------------------------------------
+
+
+def _is_metric(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "value" in value
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of the table of metrics: a name and its scores. Baselines come after the fine-tuned model."""
+    for name, values in metrics.items():
+        if name == "test_without_leaked" and values is None:
+            yield f"{_NAMES[name]}: none is left", {}
+        if not isinstance(values, dict):
+            continue
+        if any(key in _COLUMNS and _is_metric(value) for key, value in values.items()):
+            who = _NAMES.get(name, _words(name))
+            yield who, values
+            if isinstance(values.get("ahead"), dict):
+                yield f"fine-tuned minus {who.removeprefix('baseline: ')}", values["ahead"]
+        else:
+            yield from _metric_rows(values)
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    rows = list(_metric_rows(metrics))
+    if not rows:
+        return ""
+    columns = [key for key in _COLUMNS if any(key in values for _, values in rows)]
+    head = "".join(f'<th class="n">{escaped(_NAMES.get(key, _words(key)))}</th>' for key in columns)
+    body = []
+    for place, (name, values) in enumerate(rows):
+        cells = "".join(f'<td class="n">{_metric(values.get(key))}</td>' for key in columns)
+        first = ' class="first"' if place == 0 else ""
+        body.append(f"<tr{first}><td>{escaped(name)}</td>{cells}</tr>")
+    table = _wide(f"<th></th>{head}", "".join(body))
+    ranges = any(isinstance(value, dict) and "low" in value for _, values in rows for value in values.values())
+    return table + ('<p class="soft">In smaller type: 95% intervals.</p>' if ranges else "")
+
+
+def _wide(head: str, body: str, kind: str = "") -> str:
+    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _metric(value: Any) -> str:
+    if isinstance(value, dict):
+        shown = _scalar("", value.get("value"))
+        if value.get("low") is None or value.get("high") is None:
+            return shown
+        return f'{shown}<span class="range">{_scalar("", value["low"])} to {_scalar("", value["high"])}</span>'
+    return _scalar("", value)
+
+
+def _words(name: str) -> str:
+    words = re.sub(r"_(bytes|seconds)$", "", str(name)).replace("_", " ")
+    for plain, written in (("snr db", "SNR, dB"), ("mse", "MSE"), ("lloyd max", "Lloyd-Max")):
+        words = re.sub(rf"\b{plain}\b", written, words)
+    return words
+
+
+def _scalar(key: str, value: Any) -> str:
+    """Return one value as text for the page, in the unit that its name ends with."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        if key.endswith("bytes"):
+            return f"{value / 2**20:,.1f} MiB"
+        if key.endswith("seconds"):
+            return duration(value) if value >= 10 else f"{value:.3g} s"
+        if isinstance(value, int):
+            return f"{value:,}" if abs(value) >= 10_000 else str(value)
+        if abs(value) < 0.01:
+            return f"{value:.3g}"
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return escaped(value)
+
+
+def _value(key: str, value: Any) -> str:
+    """Return a section of a record: a mapping as facts, a list of rows as a table, other lists collapsed."""
+    if isinstance(value, dict) and value:
+        flat = {name: item for name, item in value.items() if not isinstance(item, (dict, list))}
+        numbers = {name: item for name, item in value.items() if _is_numbers(item)}
+        deep = {name: item for name, item in value.items() if name not in flat and name not in numbers}
+        inner = fact_list(flat) + _columns(numbers) + "".join(_value(name, item) for name, item in deep.items())
+        return f"<h3>{escaped(_words(key))}</h3>{inner}" if flat or numbers else inner
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        if len(value) > _OPEN_ROWS:
+            return f"<details><summary>{escaped(_words(key))}: {len(value)} rows</summary>{_table(value)}</details>"
+        return f"<h3>{escaped(_words(key))}</h3>{_table(value)}"
+    if value in (None, {}, [], ""):
+        return ""
+    if isinstance(value, list):
+        return f"<details><summary>{escaped(_words(key))}</summary><pre>{_json(value)}</pre></details>"
+    return f"<h3>{escaped(_words(key))}</h3><p>{_scalar(key, value)}</p>"
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and "value" not in value and all(map(_is_metric, value.values()))
+
+
+def _columns(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return mappings of names to numbers as one table: a column per mapping, a row per name."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [{"": name, **{key: column.get(name) for key, column in columns.items()}} for name in names]
+    return _table(rows) if rows else ""
+
+
+def fact_list(values: Mapping[str, Any]) -> str:
+    """Return single values as an HTML list of names and values, without those that are None."""
+    shown = [(key, value) for key, value in values.items() if value is not None]
+    items = "".join(
+        f"<div{_LONG if len(str(value)) > 36 else ''}>"
+        f"<dt>{escaped(_words(key))}</dt><dd>{_scalar(key, value)}</dd></div>"
+        for key, value in shown
+    )
+    return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    numeric = {key for key in columns if all(row.get(key) is None or _is_metric(row[key]) for row in rows)}
+    nested = {key for key in columns if any(isinstance(row.get(key), dict) for row in rows)}
+    long = {key for key in columns if key not in nested and any(len(str(row.get(key, ""))) > LONG_CELL for row in rows)}
+    mark = {key: ' class="n"' if key in numeric else ' class="t"' if key in long else "" for key in columns}
+    # On a phone, columns of texts do not fit side by side: there a row is a card with one line per column.
+    cards = len(long) > 1
+    name = {key: f' data-name="{escaped(_words(key))}"' if cards else "" for key in columns}
+    head = "".join(f"<th{mark[key]}>{escaped(_words(key))}</th>" for key in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td{mark[key]}{name[key]}>{_cell(key, row.get(key))}</td>" for key in columns) + "</tr>"
+        for row in rows[:_MOST_ROWS]
+    )
+    more = f'<p class="soft">and {len(rows) - _MOST_ROWS:,} more in the record</p>' if len(rows) > _MOST_ROWS else ""
+    return _wide(head, body, ' class="cards"' if cards else "") + more
+
+
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        if "value" in value:
+            return _metric(value)
+        if not value:
+            return _scalar(key, None)
+        return f"<details><summary>{len(value)} values</summary><pre>{_json(value)}</pre></details>"
+    if isinstance(value, list):
+        return "<br>".join(escaped(item) for item in value)
+    return _scalar(key, value)
+
+
+def _json(value: Any) -> str:
+    return escaped(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _figures(folder: Path) -> str:
+    shown = []
+    for path in sorted(folder.glob("*.png")):
+        if path.is_file() and not path.is_symlink():
+            picture = base64.b64encode(path.read_bytes()).decode("ascii")
+            words = _words(re.sub(r"^\d+_", "", path.stem))
+            shown.append(
+                f'<figure><img src="data:image/png;base64,{picture}" alt="{escaped(words)}">'
+                f"<figcaption>{escaped(words)}</figcaption></figure>"
+            )
+    return f'<div class="figures">{"".join(shown)}</div>' if shown else ""

@@ -1,0 +1,1 @@
+"""Run folders: read them, predict with them, write their cards and records."""

@@ -1,0 +1,306 @@
+"""Model cards: what a run is, how it was made, how good it is, and the metadata that the hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..config.experiment import Experiment
+from ..data.rows import leak_in_words
+from ..models import inventory
+from ..models.sources import EMBEDDED
+
+# The most labels that a card lists; a longer list helps nobody.
+MOST_LABELS = 100
+
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+A text classifier with {classes} classes: {model} fine-tuned on {data} by {method}, with qlora_kit.
+
+{warning}## Use
+
+{use}
+
+**Intended use.** Texts like those that it was trained on, in their language and about their subject. It answers with
+one of its {classes} labels whatever it is given: a text that belongs to none gets one all the same, often with a high
+probability. Whoever uses it answers for checking it on their own data first.
+
+Labels: {labels}
+
+## Data
+
+{data}: {train} rows for training, {validation} for validation, {test} for testing; texts of up to {length} tokens.
+{source}
+
+## Method
+
+{method_sentence} {steps} steps of {rows_a_step} rows, learning rate {rate:g}, seed {seed}, {precision}, {optimizer};
+{trainable:,} of {parameters:,} parameters trained.{made_on}
+{inventory}
+## Metrics
+
+{metrics}
+
+An interval is a 95% bootstrap interval over the rows of its split: it is about other rows of the same kind, not about
+another seed or other data. Validation rows served for choosing (epochs, settings), so their score flatters.
+{merged}
+## Limits
+
+{limits}
+
+## Licence
+
+The base: {base_licence}. The data: {data_licence}. The licence of what was trained is for its owner to choose
+within these.
+"""
+
+ADAPTER_USE = """```python
+import qlora_kit as qk
+
+print(qk.load_run("this-folder").predict(["a text"]).labels)
+```"""
+
+BANKING77 = (
+    "Questions of bank customers, in English (Casanueva et al., Efficient Intent Detection with Dual Sentence "
+    "Encoders, [arXiv 2003.04807](https://arxiv.org/abs/2003.04807)).\n"
+)
+
+
+def model_card(
+    experiment: Experiment,
+    training: Mapping[str, Any],
+    licence: str | None,
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    merged: Mapping[str, Any] | None = None,
+    use: str = ADAPTER_USE,
+) -> str:
+    """Return a run's model card.
+
+    Args:
+        experiment: The run's experiment.
+        training: What `training.json` holds.
+        licence: The base's licence as an SPDX identifier, if known.
+        evaluation: What `evaluation.json` holds, once the run is evaluated.
+        environment: What `environment.json` holds.
+        merged: What `Run.merge` returns, for a merged model's card.
+        use: Markdown that shows how to use the model.
+
+    Returns:
+        YAML metadata, then Markdown. Names and labels are formatted as code, so that none of them acts as markup.
+    """
+    spec, rows, labels = experiment.training, training["rows"], [str(name) for name in training["labels"]]
+    banking77 = experiment.data.name == "banking77"
+    method = _method(experiment, merged)
+    return CARD.format(
+        metadata=_metadata(experiment, training, licence, evaluation, merged).to_yaml(),
+        name=experiment.name,
+        classes=len(labels),
+        model=code(_model_name(experiment)),
+        data=code(_data_name(experiment)),
+        method=method,
+        method_sentence=f"{method[0].upper()}{method[1:]}.",
+        warning="The base has random weights: its scores say nothing, only its memory and speed do.\n\n"
+        if training["random_weights"]
+        else "",
+        use=use,
+        labels=", ".join(code(name) for name in labels[:MOST_LABELS])
+        + (f" and {len(labels) - MOST_LABELS} more (`training.json`)" if len(labels) > MOST_LABELS else ""),
+        train=f"{rows['train']:,}",
+        validation=f"{rows['validation']:,}",
+        test=f"{rows['test']:,}",
+        length=experiment.data.max_length,
+        source=BANKING77 if banking77 else "",
+        steps=f"{training['steps']:,}",
+        rows_a_step=spec.batch_size * spec.gradient_accumulation,
+        rate=spec.learning_rate,
+        seed=spec.seed,
+        precision=training["precision"],
+        optimizer=training["optimizer"],
+        trainable=training["parameters"]["trainable"],
+        parameters=training["parameters"]["all"],
+        made_on=_made_on(training, environment),
+        inventory="" if merged else _inventory(training.get("inventory")),
+        metrics=_metrics_table(training, evaluation),
+        merged=_merged_section(merged),
+        limits="\n".join(f"- {line}" for line in _limits(labels, evaluation)),
+        base_licence=licence or "unknown to this kit; see the base's own card",
+        data_licence="CC BY 4.0" if banking77 else "unknown to this kit; see where the data comes from",
+    )
+
+
+def code(text: str) -> str:
+    """Return a name as Markdown code on one line, without characters that could end it or act as markup."""
+    return "`" + ("".join(c for c in text if c.isprintable() and c not in "`<>|").strip() or "?") + "`"
+
+
+def _model_name(experiment: Experiment) -> str:
+    # Show only the folder's name: the path on the user's disk is private.
+    name = experiment.model.name
+    return Path(name).name if Path(name).expanduser().is_dir() else name
+
+
+def _data_name(experiment: Experiment) -> str:
+    return Path(experiment.data.name).name
+
+
+def _hub_model(experiment: Experiment) -> str | None:
+    """Return the base's name on the hub, or None where it has none."""
+    name = experiment.model.name
+    if name.startswith("embedded:"):
+        return EMBEDDED[name.removeprefix("embedded:")].hub
+    if name.startswith("shape:") or Path(name).expanduser().is_dir():
+        return None
+    return name
+
+
+def _method(experiment: Experiment, merged: Mapping[str, Any] | None) -> str:
+    lora = experiment.lora
+    if lora is None:
+        return "full fine-tuning"
+    text = (
+        f"LoRA (r={lora.r}, alpha={lora.alpha:g}, dropout={lora.dropout:g}) on a base stored as "
+        f"{experiment.quantization.label}"
+    )
+    return f"{text}, merged into the base in full precision" if merged else text
+
+
+def _metadata(
+    experiment: Experiment,
+    training: Mapping[str, Any],
+    licence: str | None,
+    evaluation: Mapping[str, Any] | None,
+    merged: Mapping[str, Any] | None,
+) -> ModelCardData:
+    adapter = experiment.lora is not None and not merged
+    base = _hub_model(experiment)
+    results = []
+    for split, scores in _scores(training, evaluation).items():
+        for metric, name, kind in (("accuracy", "Accuracy", "accuracy"), ("f1_macro", "Macro F1", "f1")):
+            if not training["random_weights"]:
+                results.append(
+                    EvalResult(
+                        task_type="text-classification",
+                        dataset_type=_data_name(experiment),
+                        dataset_name=_data_name(experiment),
+                        dataset_split=split,
+                        metric_type=kind,
+                        metric_name=f"{name} ({split})",
+                        metric_value=round(scores[metric]["value"], 4),
+                    )
+                )
+    return ModelCardData(
+        model_name=experiment.name,
+        license=licence.lower() if licence else None,
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        datasets=["PolyAI/banking77"] if experiment.data.name == "banking77" else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-classification",
+        metrics=["accuracy", "f1"],
+        tags=["text-classification", "qlora_kit", *(["lora"] if experiment.lora is not None else [])],
+        eval_results=results or None,
+    )
+
+
+def _scores(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    scores = {"validation": training["metrics"]["validation"]}
+    if evaluation:
+        scores["test"] = evaluation["metrics"]["test"]
+    return scores
+
+
+def _metrics_table(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+    shown = (("accuracy", "accuracy"), ("f1_macro", "macro F1"), ("f1_weighted", "weighted F1"), ("loss", "loss"))
+    lines = [f"| split | {' | '.join(label for _, label in shown)} |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {split} | {' | '.join(_interval(scores[metric]) for metric, _ in shown)} |"
+        for split, scores in _scores(training, evaluation).items()
+    ]
+    if not evaluation:
+        lines += ["", "Not tested yet: `qlora_kit.evaluate` does it, and `Run.write_card` brings the figures here."]
+    return "\n".join(lines)
+
+
+def _interval(score: Mapping[str, float]) -> str:
+    return f"{score['value']:.4f} ({score['low']:.4f} to {score['high']:.4f})"
+
+
+def _made_on(training: Mapping[str, Any], environment: Mapping[str, Any] | None) -> str:
+    if not environment:
+        return ""
+    versions = environment["versions"]
+    packages = ", ".join(
+        f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes") if name in versions
+    )
+    return f"\nTrained in {training['timing']['train_seconds']:,.0f} s on {environment['device']}, with {packages}."
+
+
+def _inventory(groups: Sequence[Mapping[str, Any]] | None) -> str:
+    """Return a table of the base's parts; empty for runs made before these were recorded."""
+    if not groups:
+        return ""
+    lines = ["", "| of the base | numbers | share | stored as | trained | why |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {group['kind']} | {group['parameters']:,} | {group['share']:.1%} | {group['stored_as']} | "
+        f"{inventory.TRAINED.get(group['trained'], '')} | {group['reason']} |"
+        for group in groups
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _merged_section(merged: Mapping[str, Any] | None) -> str:
+    if not merged:
+        return ""
+    before, after, gap = merged["before"], merged["after"], merged["difference"]
+    why = ""
+    if merged["trained_on"] != "none":
+        why = (
+            f" The adapters were trained beside a base stored as {merged['trained_on']} and are added to\n"
+            "full-precision weights here: that is not the same function, and this table says how far apart the two are."
+        )
+    was = (
+        "the base as it was trained on, and adapters beside it" if merged["adapters"] else "the model as it was trained"
+    )
+    return f"""
+## Before and after
+
+| on the {merged["rows"]:,} validation rows | macro F1 |
+|---|---|
+| {was} | {_interval(before["f1_macro"])} |
+| this model, in {merged["dtype"]} | {_interval(after["f1_macro"])} |
+| after minus before, on the same rows | {gap["value"]:+.4f} ({gap["low"]:+.4f} to {gap["high"]:+.4f}) |
+
+Both give the same label to {merged["same_label"]:.2%} of the rows.{why}
+"""
+
+
+def _limits(labels: Sequence[str], evaluation: Mapping[str, Any] | None) -> list[str]:
+    lines = ["One run with one seed; another seed gives another model with a somewhat different score."]
+    if not evaluation:
+        return lines
+    tested = evaluation["data"]
+    lines.append(f"{leak_in_words(len(tested['leaked_test_indices']), tested['rows']['test'])}.")
+    worst = sorted(evaluation["per_label"], key=lambda row: row["f1"])[:3]
+    lines.append(
+        "Weakest on the test rows: "
+        + ", ".join(f"{code(row['label'])} (F1 {row['f1']:.2f}, {row['support']} rows)" for row in worst)
+        + "."
+    )
+    for pair in evaluation["confusions"][:1]:
+        lines.append(
+            f"Most often confused: {code(pair['true'])} taken for {code(pair['predicted'])}, {pair['count']} times."
+        )
+    lines.append(
+        f"Expected calibration error on the test rows: {evaluation['calibration']['ece']:.3f} (0: it is right as often "
+        "as it is sure)."
+    )
+    return lines

@@ -1,0 +1,116 @@
+"""Read a run folder: its records, and whether anything in it was changed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import schemas
+from ..config.experiment import Experiment
+from ..errors import KitError, nearest
+from ..system.arguments import RUN_FOLDER, takes
+from ..system.manifest import NAME, problem_of_run
+from ..system.parsing import read_json
+from ..system.versions import VERSION
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """The folder of a finished run.
+
+    Opening it reads its records and checks that no file that must stay the same has changed since the run was finished.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        KitError: When the folder is missing or holds no finished run; when a file of it is damaged, was changed, is
+            missing or was added; when a newer version of the kit made it.
+    """
+
+    @takes(path=RUN_FOLDER)
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            siblings = [item.name for item in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
+            guess = nearest(self.path.name, siblings)
+            hint = f" Did you mean {str(self.path.parent / guess)!r}?" if guess else ""
+            raise KitError(f"there is no run folder {str(self.path)!r}.{hint}")
+        for name in ("experiment.yaml", "training.json", "adapter", "tokenizer"):
+            if not (self.path / name).exists():
+                raise KitError(
+                    f"{self.path} is no finished run: {name} is missing. Call finetune with the same experiment "
+                    "and folder again: it goes on where it stopped"
+                )
+        self.experiment = self._read_experiment()
+        self._check_contents()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def _read_experiment(self) -> Experiment:
+        try:
+            return Experiment.from_yaml(self.path / "experiment.yaml")
+        except KitError as error:
+            # The fields may be from a newer version: saying so helps more than the nearest name.
+            made_with = None
+            with contextlib.suppress(KitError):
+                made_with = self.environment["versions"].get("qlora_kit")
+            if made_with is None or _version(made_with) <= _version(VERSION):
+                raise
+            raise KitError(
+                f"{self.path} was made by a newer version of qlora_kit ({made_with}, this is {VERSION}): bring "
+                f"qlora_kit up to date. What this one does not know: {error}"
+            ) from error
+
+    def _check_contents(self) -> None:
+        """Refuse a folder that was changed since the run was finished."""
+        labels = self.label_names  # read first, so that a newer version's file is reported as such
+        if (self.path / NAME).exists():
+            problem = problem_of_run(self.path)
+            if problem is not None:
+                raise KitError(
+                    f"{self.path} is not the run that was finished: {problem}. Bring the folder back as it was, or "
+                    "train again"
+                )
+        else:
+            logger.warning(
+                "%s has no %s, so whether files in it were changed cannot be said: it is older than manifests, or "
+                "somebody has deleted it.",
+                *(self.path, NAME),
+            )
+        if (self.path / "data").is_dir() and read_json(self.path / "data" / "labels.json") != labels:
+            raise KitError(f"the labels in {self.path / 'training.json'} are not those of {self.path / 'data'}")
+
+    @functools.cached_property
+    def training(self) -> dict[str, Any]:
+        """What `training.json` holds: validation metrics by epoch, timing, memory."""
+        values: dict[str, Any] = schemas.read(self.path / "training.json", "training.json")
+        return values
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What `evaluation.json` holds, or None before `qlora_kit.evaluate`."""
+        file = self.path / "evaluation.json"
+        return schemas.read(file, "evaluation.json") if file.exists() else None
+
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        """What `environment.json` holds: device, versions, checksums."""
+        values: dict[str, Any] = schemas.read(self.path / "environment.json", "environment.json")
+        return values
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of their ids."""
+        return [str(name) for name in self.training["labels"]]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return a version's numbers, for comparison."""
+    return tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])
