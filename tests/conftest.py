@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import qlora_kit as qk
-from qlora_kit.experiment import DataSpec, Experiment, LoraSpec, ModelSpec, TrainingSpec
+from qlora_kit.config.experiment import Experiment
+from qlora_kit.config.sections import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 DIALOGPT = ROOT / "qlora_kit" / "shapes" / "dialogpt-medium"
@@ -29,6 +30,27 @@ ARCHITECTURES = {
     "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 64}),
 }
 ENCODERS = ("bert", "roberta", "distilbert")
+
+
+def least_training(labels, name: str = "tiny") -> dict:
+    """Return the least that a run folder's training.json may hold."""
+    score = {"value": 0.5, "low": 0.4, "high": 0.6}
+    return {
+        "schema": 1,
+        "name": name,
+        "labels": list(labels),
+        "rows": {"train": 4, "validation": 2, "test": 2},
+        "steps": 1,
+        "metrics": {"validation": dict.fromkeys(("accuracy", "f1_macro", "f1_weighted", "loss"), score)},
+        "epochs": [],
+        "losses": [],
+        "parameters": {"trainable": 1, "all": 2},
+        "precision": "fp32",
+        "optimizer": "adamw_torch",
+        "random_weights": False,
+        "memory": {"peak_bytes": 1},
+        "timing": dict.fromkeys(("train_seconds", "samples_per_second", "tokens_per_second", "total_seconds"), 1.0),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.text import Text
 from PIL import Image
 
-from qlora_kit.plots import KitFigure
+from qlora_kit.plots.style import KitFigure
 
 
 def assert_whole(figure: KitFigure, name: str) -> None:

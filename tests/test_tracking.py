@@ -6,19 +6,24 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from packaging.version import Version
+from transformers import TrainerCallback
 
 import qlora_kit as qk
-from qlora_kit import evaluation, records, tracking
-from qlora_kit.experiment import Experiment, ModelSpec, TrackingSpec
+from qlora_kit import evaluation, tracking
+from qlora_kit.config.experiment import Experiment
+from qlora_kit.config.sections import ModelSpec, TrackingSpec
+from qlora_kit.system.files import write_json, write_text
 
 FINETUNE = """
 import sys, qlora_kit as qk
-from qlora_kit.experiment import Experiment
+from qlora_kit.config import Experiment
 qk.finetune(
     Experiment.from_yaml(sys.argv[2]), data=qk.data.load_saved(sys.argv[1]), out=sys.argv[3], progress=False
 )
@@ -65,6 +70,33 @@ def test_none_makes_no_run_and_no_folder(tmp_path):
         assert list((tmp_path / "mine").iterdir()) == []
 
 
+def test_a_tracked_training_logs_its_losses_and_scores_in_the_project_that_was_named(
+    wandb_free, topics, tiny_experiment, tmp_path
+):
+    experiment = tiny_experiment(
+        "bert", tracking__wandb="offline", tracking__project="mine alone", training__max_steps=2,
+        training__logging_steps=1,
+    )  # fmt: skip
+    run = qk.finetune(experiment, data=topics, out=tmp_path, progress=False)
+    file = written(tmp_path)
+    assert opened_as(file).project == "mine alone"
+    _, history = read(file)
+    assert [row["train/loss"] for row in history if "train/loss" in row] == [
+        pytest.approx(entry["loss"]) for entry in run.training["losses"]
+    ]
+    (epoch,) = run.training["epochs"]
+    scores = [row["eval/f1_macro"] for row in history if "eval/f1_macro" in row]
+    assert scores and scores[0] == pytest.approx(epoch["validation"]["f1_macro"])
+    assert [record.exit.exit_code for record in records_of(file) if record.HasField("exit")] == [0]
+
+
+def test_a_training_that_fails_is_no_success_in_wandb(wandb_free, tmp_path):
+    with pytest.raises(KeyboardInterrupt), tracking.opened(tracked("offline"), tmp_path, "mine"):
+        raise KeyboardInterrupt
+    codes = [record.exit.exit_code for record in records_of(written(tmp_path)) if record.HasField("exit")]
+    assert codes == [1]
+
+
 @pytest.fixture
 def trained(wandb_free, topics, tiny_experiment, tmp_path):
     """Return a finished run that W&B tracked offline."""
@@ -72,6 +104,10 @@ def trained(wandb_free, topics, tiny_experiment, tmp_path):
     return qk.finetune(experiment, data=topics, out=tmp_path, name="mine", progress=False)
 
 
+@pytest.mark.skipif(
+    Version(metadata.version("wandb")) < tracking.RESUMES_OFFLINE,
+    reason="this W&B cannot go on with an offline run: the kit says so, see below",
+)
 def test_the_test_goes_into_the_run_of_the_training(trained, topics, tmp_path):
     import wandb
 
@@ -122,6 +158,19 @@ def test_a_test_is_not_logged_where_that_is_not_wanted_or_would_do_harm(trained,
         context.setattr(wandb, "__version__", "0.30.0")
         assert tested() == 1
     assert "W&B 0.30.0 cannot go on with an offline run" in caplog.text
+    # And it is said before a training, when there is time to do something about it.
+    caplog.clear()
+    with monkeypatch.context() as context:
+        context.setattr(wandb, "__version__", "0.31.0")
+        with tracking.opened(tracked("offline"), tmp_path / "later", "mine"):
+            assert "W&B" not in caplog.text
+    with monkeypatch.context() as context:
+        context.setattr(wandb, "__version__", "0.30.0")
+        with tracking.opened(tracked("offline"), tmp_path / "later", "mine"):
+            assert (
+                "offline run, so its test will not be logged in it: log in to W&B, or pip install 'wandb>=0.31'"
+                in caplog.text
+            )
     silent = trained.experiment.override({"tracking.wandb": "none"})
     with monkeypatch.context() as context:
         context.setattr(trained, "experiment", silent)
@@ -131,7 +180,7 @@ def test_a_test_is_not_logged_where_that_is_not_wanted_or_would_do_harm(trained,
         context.setenv("WANDB_MODE", "disabled")
         assert tested() == 1
     for damaged in ([], {"id": "../../elsewhere", "offline": True, "steps": 1}, {"id": "abc", "steps": "many"}):
-        records.write_json(trained.path / tracking.FILE, damaged)
+        write_json(trained.path / tracking.FILE, damaged)
         with pytest.raises(qk.KitError, match="names no W&B run"):
             tested()
     (trained.path / tracking.FILE).unlink()
@@ -174,6 +223,88 @@ def test_where_nothing_is_confused_the_tables_are_empty_and_the_chart_is_there(w
     assert "validation/confusion_matrix_table" not in logged
 
 
+@pytest.fixture
+def wandb_that_cannot_write(wandb_free, monkeypatch, tmp_path, request):
+    """Take from W&B what it needs to write a table, in the way that the parameter says."""
+    if request.param == "home is no folder":
+        monkeypatch.setenv("HOME", os.devnull)
+        monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+        yield
+        return
+    folder = tmp_path / "wandb"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("no file system can be mounted here")
+    yield
+    import wandb
+
+    wandb.teardown()
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAtStep(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stopped
+
+
+@pytest.mark.skipif(
+    Version(metadata.version("wandb")) < tracking.RESUMES_OFFLINE,
+    reason="this W&B cannot go on with an offline run: the kit says so, see below",
+)
+@pytest.mark.parametrize("wandb_that_cannot_write", ["home is no folder", "16k", "60k"], indirect=True)
+def test_a_run_is_trained_resumed_and_tested_though_its_log_fails(
+    wandb_that_cannot_write, topics, tiny_experiment, tmp_path, caplog, capfd
+):
+    experiment = tiny_experiment("bert", tracking__wandb="offline", training__checkpoint_steps=4, training__epochs=1)
+
+    def told() -> int:
+        """Return how many warnings there were about W&B since the last call."""
+        found = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+        caplog.clear()
+        assert all("W&B" in text and "\n" not in text for text in found), found
+        return len(found)
+
+    with pytest.raises(Stopped):
+        qk.finetune(experiment, data=topics, out=tmp_path, name="mine", progress=False, callbacks=[StopAtStep(6)])
+    assert told() <= 1
+    run = qk.finetune(experiment, data=topics, out=tmp_path, name="mine", progress=False)
+    assert run.training["timing"]["resumed_from_step"] == 4
+    assert told() == 1
+    result = qk.evaluate(run, data=topics, baselines=False, resamples=10, progress=False)
+    assert told() == 1
+    assert run.evaluation == result
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_run_is_whole_before_w_and_b_is_given_the_last(trained, topics, tmp_path, monkeypatch):
+    import wandb
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments, **more):
+        raise Killed
+
+    experiment = trained.experiment
+    # As a kill would: nothing that is not saved yet can be saved any more.
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "finish", killed)
+    with pytest.raises(Killed):
+        qk.finetune(experiment, data=topics, out=tmp_path, name="other", progress=False)
+    monkeypatch.undo()
+    assert qk.load_run(tmp_path / "other").training["steps"] == trained.training["steps"]
+
+
 @pytest.mark.long  # wandb tries for 12 seconds, twice
 def test_a_server_that_does_not_answer_is_no_reason_not_to_train(monkeypatch, wandb_free, tmp_path, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -190,16 +321,16 @@ def test_a_server_that_does_not_answer_is_no_reason_not_to_train(monkeypatch, wa
 
 
 @pytest.mark.long
+def test_a_process_whose_home_cannot_be_written_trains_and_ends_well(topics, tiny_experiment, tmp_path):
+    result = trained_in_a_process(topics, tiny_experiment, tmp_path, HOME=os.devnull)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("W&B failed") == 1
+    assert qk.load_run(tmp_path / "runs" / "tiny_bert_seed0").training["steps"] == 20
+
+
+@pytest.mark.long
 def test_a_real_offline_run_holds_the_experiment_and_the_metrics(topics, tiny_experiment, tmp_path):
-    experiment = tiny_experiment("bert", tracking__wandb="offline")
-    records.write_text(tmp_path / "experiment.yaml", experiment.to_yaml())
-    topics.save(tmp_path / "data")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MY_TOKEN": "hf_plantedplantedplantedplanted"}
-    arguments = [str(tmp_path / "data"), str(tmp_path / "experiment.yaml"), str(tmp_path / "runs")]
-    result = subprocess.run(
-        [sys.executable, "-c", FINETUNE, *arguments], env=environment, capture_output=True, text=True
-    )
+    result = trained_in_a_process(topics, tiny_experiment, tmp_path, MY_TOKEN="hf_plantedplantedplantedplanted")
     assert result.returncode == 0, result.stderr
     file = written(tmp_path / "runs")
     config, history = read(file)
@@ -211,6 +342,20 @@ def test_a_real_offline_run_holds_the_experiment_and_the_metrics(topics, tiny_ex
     # The validation rows' scores must not pass for test scores.
     assert not [key for key in keys if key.startswith("test/")], keys
     assert b"plantedplanted" not in file.read_bytes()
+
+
+def trained_in_a_process(topics, tiny_experiment, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Train a tiny experiment, tracked offline, in a process of its own; its run folder is below `folder / "runs"`."""
+    experiment = tiny_experiment("bert", tracking__wandb="offline")
+    write_text(folder / "experiment.yaml", experiment.to_yaml())
+    topics.save(folder / "data")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, "-c", FINETUNE, *(str(folder / name) for name in ("data", "experiment.yaml", "runs"))],
+        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 def table(file: Path, reference: dict) -> dict:

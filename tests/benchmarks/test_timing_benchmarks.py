@@ -1,0 +1,60 @@
+"""benchmarks/int4_step.py, benchmarks/t4.py and processes.py: as few repeats and steps as can be timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from qlora_kit.checking.check import check
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from common.processes import Worker
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    name, *rest = arguments
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *rest], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_step_timed_once_is_its_own_median_and_quartiles(tmp_path: Path):
+    out = tmp_path / "int4_step.json"
+    done = benchmark(
+        "int4_step.py", "--device", "cpu", "--batch", "1", "--lengths", "4", "--repeats", "1", "--out", str(out),
+        "--from-changes",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["step_seconds"] > 0
+        assert row["step_seconds_quartiles"] == [row["step_seconds"]] * 2
+        assert row["repeats_seconds"] == [row["step_seconds"]]
+    assert check([out]).wrong == []
+
+
+@pytest.mark.parametrize("steps", ["19", "-1", "many"])
+def test_steps_too_few_to_be_timed_are_refused(steps: str):
+    done = benchmark("t4.py", f"--recipe-steps={steps}")
+    assert done.returncode == 2
+    assert f"{steps}: allowed are 20 steps or more" in done.stderr
+
+
+def test_a_worker_that_is_late_is_ended_and_what_it_said_before_is_heard():
+    worker = Worker([sys.executable, "-c", "import time; print('{\"step\": 1}', flush=True); time.sleep(600)"])
+    assert worker.hear() == {"step": 1} and worker.problem is None
+    assert worker.hear(time.monotonic() + 0.5) == {}
+    assert worker.problem.startswith("not ready after")
+    assert worker.ask("go") == {}
+
+
+def test_a_worker_that_ends_says_how():
+    worker = Worker([sys.executable, "-c", "raise SystemExit(3)"])
+    assert worker.hear() == {} and worker.problem == "ended with code 3"
