@@ -13,14 +13,13 @@ Variants, each in a process of its own, from a list of texts to their labels, to
 Without `--run` the preset is trained for a few steps first: speed does not depend on what was learned. The processes
 take turns, `--repeats` times: latency at batch 1 over `--texts` single test questions (percentiles over all repeats),
 throughput at batch 64 over `--texts` at a time (median over the repeats). `peak_bytes` is the most that the process
-used: on CUDA of the GPU, on a CPU of memory.
+used: on CUDA of the GPU, on a CPU of memory. A row keeps the time of each call, from which its figures are computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -28,15 +27,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from processes import Worker  # noqa: E402
+from common import recording
+from common.processes import Worker
+from common.refusals import told_in_a_line
 
+KEY = ("device", "model", "variant", "batch")
+BATCHES = (1, 64)
 VARIANTS = ("4bit", "pipeline", "merged16", "frozen_svm")
-# The SVM's speed depends on the number of classes, not on how many rows it was fitted on.
+# The SVM's speed depends on the number of classes, not on the number of training rows.
 SVM_ROWS = 1000
 
 
+@told_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=None, help="default: MiniLM on a CPU, DialoGPT-medium's shape on CUDA")
@@ -44,28 +46,35 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", default="results/inference.json")
-    parser.add_argument("--append", action="store_true", help="keep the rows of --out that other devices made")
+    recording.add_options(parser)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         serve(options.one[0], options.one[1], options.texts)
         return 0
-    from qlora_kit import models, records
+    from qlora_kit import models
+    from qlora_kit.run import load_run
+    from qlora_kit.system.environment import environment
 
+    provenance = recording.begin(options)
     with tempfile.TemporaryDirectory() as folder:
-        run = records.load_run(options.run) if options.run else trained(options.preset, folder)
-        rows = race(run, options)
-    environment = records.environment(models.default_device())
-    command = " ".join(["python benchmarks/inference.py", *sys.argv[1:]])
-    if options.append and Path(options.out).is_file():
-        before = records.read_json(options.out)
-        command = "; ".join(dict.fromkeys([*before["command"].split("; "), command]))
-        others = [row for row in before["rows"] if row["device"] != rows[0]["device"]]
-        # The first environment is the file's; a row of another has its own beside it.
-        rows = others + [{**row, "environment": environment} for row in rows]
-        environment = before["environment"] if others else environment
-    result = {"schema": records.SCHEMA, "environment": environment, "command": command, "rows": rows}
-    records.write_json(options.out, result)
+        run = load_run(options.run) if options.run else trained(options.preset, folder)
+        here = environment(models.default_device())
+        makes = [
+            dict(zip(KEY, (here["device"], run.experiment.model.name, variant, batch), strict=True))
+            for variant in VARIANTS
+            for batch in BATCHES
+        ]
+        rows = [provenance.stamped(row, here) for row in race(run, options)]
+    recording.write(
+        options.out,
+        rows,
+        provenance=provenance,
+        command=recording.command_line("inference.py"),
+        makes=makes,
+        key=KEY,
+        append=options.append,
+    )
     print(f"written: {options.out}")
     return 0
 
@@ -75,7 +84,7 @@ def trained(name: str | None, folder: str) -> Any:
     import torch
 
     from qlora_kit import training
-    from qlora_kit.experiment import preset
+    from qlora_kit.config.preset import preset
 
     changes: dict[str, Any] = {"training.max_steps": 4, "tracking.wandb": "none", "model.head_init": "random"}
     if name is None and torch.cuda.is_available():
@@ -86,7 +95,7 @@ def trained(name: str | None, folder: str) -> Any:
 
 
 def race(run: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Let the variants take turns, and put the rows together."""
+    """Time the variants in turns, and return their rows."""
     workers: dict[str, Worker] = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--texts", str(options.texts), "--one", variant, str(run.path)]
@@ -113,10 +122,13 @@ def race(run: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
 def rows_of(
     run: Any, variant: str, turns: list[dict[str, Any]], problem: str | None, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Put a variant's two rows together: single texts, and batches of 64."""
-    from qlora_kit import models, records
+    """Build a variant's two rows: for single texts, and for batches of 64."""
+    from qlora_kit import models
+    from qlora_kit.checking import packing
+    from qlora_kit.checking.rules_cost import latencies
+    from qlora_kit.system.environment import environment
 
-    common = {
+    common: dict[str, Any] = {
         "model": run.experiment.model.name,
         "variant": variant,
         "scheme": "none" if variant == "merged16" else run.experiment.quantization.scheme,
@@ -124,24 +136,20 @@ def rows_of(
         "texts": options.texts,
         "repeats": len(turns),
         "problem": problem,
-        "device": records.environment(models.default_device())["device"],
+        "device": environment(models.default_device())["device"],
     }
     rows = []
-    for batch in (1, 64):
-        seconds = sorted(value for turn in turns for value in turn[f"batch_{batch}"])
-        rates = [batch * len(turn[f"batch_{batch}"]) / sum(turn[f"batch_{batch}"]) for turn in turns]
-        row = {
-            **common,
-            "batch": batch,
-            "latency_seconds_p50": statistics.median(seconds) if seconds else None,
-            "latency_seconds_p95": seconds[int(0.95 * (len(seconds) - 1))] if seconds else None,
-            "samples_per_second": statistics.median(rates) if rates else None,
-        }
-        rows.append(row)
-        if seconds:
+    for batch in BATCHES:
+        calls = [value for turn in turns for value in turn[f"batch_{batch}"]]
+        row = {**common, "batch": batch, "call_nanoseconds": packing.pack(calls, "u8") if calls else None}
+        if calls:
+            row |= latencies(calls, len(turns), batch)
             middle, most = 1e3 * row["latency_seconds_p50"], 1e3 * row["latency_seconds_p95"]
             rate = row["samples_per_second"]
             print(f"{variant} batch {batch}: {middle:.1f} ms (95% {most:.1f}), {rate:.0f} samples/s", flush=True)
+        else:
+            row |= dict.fromkeys(("latency_seconds_p50", "latency_seconds_p95", "samples_per_second"))
+        rows.append(row)
     return rows
 
 
@@ -149,16 +157,17 @@ def rows_of(
 
 
 def serve(variant: str, folder: str, count: int) -> None:
-    """Classify single texts, then batches, whenever told to."""
-    from qlora_kit import data, records
-    from qlora_kit.training import peak_memory
+    """Classify single texts, then batches, on each command from standard input."""
+    from qlora_kit import data
+    from qlora_kit.run import load_run
+    from qlora_kit.system.devices import peak_memory
 
-    run = records.load_run(folder)
+    run = load_run(folder)
     texts = list(data.banking77().test.texts)[:: 3080 // count][:count]
     try:
         classify = MAKERS[variant](run)
         classify(texts[:64]), classify(texts[:1])
-    except Exception as error:  # a variant that cannot is a row, not the end of the benchmark
+    except Exception as error:  # a variant that fails becomes a row and does not end the benchmark
         print(json.dumps({"problem": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}), flush=True)
         return
     print(json.dumps({"ready": True}), flush=True)
@@ -171,10 +180,11 @@ def serve(variant: str, folder: str, count: int) -> None:
         print(json.dumps(report), flush=True)
 
 
-def timed(classify: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> float:
-    began = time.perf_counter()
+def timed(classify: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> int:
+    """Return the nanoseconds of a call."""
+    began = time.perf_counter_ns()
     classify(texts)
-    return time.perf_counter() - began
+    return time.perf_counter_ns() - began
 
 
 def four_bit(run: Any) -> Callable[[Sequence[str]], Any]:
@@ -187,13 +197,13 @@ def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:
     from transformers import TextClassificationPipeline
     from transformers.utils import logging
 
-    logging.set_verbosity(logging.CRITICAL)  # it lists the hundred classes that it knows, as an error
+    logging.set_verbosity(logging.CRITICAL)  # it logs its hundred supported classes as an error
     run.experiment = run.experiment.override({"model.fused": False})
     model, tokenizer = run.load()
     inner: Any = model.get_base_model()
     device = models.default_device()
     if isinstance(inner, models.PooledClassifier):
-        # What a pipeline asks of a model that is no class of transformers.
+        # Attributes that a pipeline needs of a model from outside transformers.
         inner.device, inner.dtype, inner.can_generate = device, torch.float32, lambda: False
         tokenizer.model_input_names = ["input_ids", "attention_mask"]
     classify = TextClassificationPipeline(model=inner, tokenizer=tokenizer, device=device)
@@ -209,13 +219,14 @@ def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:
 
 def merged(run: Any) -> Callable[[Sequence[str]], Any]:
     from qlora_kit import export, models
+    from qlora_kit.config.sections import ModelSpec
 
     device = models.default_device()
     dtype = "fp16" if models.resolve_precision("auto", device) == "fp16" else "bf16"
     with tempfile.TemporaryDirectory() as folder:
         run.merge(Path(folder) / "merged", dtype=dtype, progress=False)
         model = export.load_merged(run, Path(folder) / "merged")
-    tokenizer = models.load_tokenizer(run.experiment.model, run.path / "tokenizer")
+        tokenizer = models.load_tokenizer(ModelSpec(str(Path(folder) / "merged")))  # has its own pad token
 
     def labels(texts: Sequence[str]) -> Any:
         logits = models.forward_texts(

@@ -6,7 +6,10 @@ Same shape, batch, adapters, dtypes and seeds; steps of the contenders interleav
 besides falls on all alike; medians over the repeats. Weights are random, which speed and memory do not depend on.
 `step_seconds` is a forward and backward pass and an AdamW step on one batch. On CUDA `device_seconds` is what its
 kernels take, without the gaps between them (from the profiler), and `peak_bytes` the most bytes allocated at once,
-each contender measured in a process of its own.
+each contender measured in a process of its own. A row keeps the seconds of each repeat.
+
+Each shape and length is written when it is measured. The same command with `--append` goes on with the ones that are
+missing, and `--seconds` ends it before it begins another.
 """
 
 from __future__ import annotations
@@ -18,20 +21,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import transformers
+from common import recording
+from common.refusals import told_in_a_line
 
-from qlora_kit import models  # noqa: E402, I001  # first: it imports bitsandbytes with care
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-
-from qlora_kit import records  # noqa: E402
-from qlora_kit.int4 import quantize_linears_, register  # noqa: E402
-from qlora_kit.quantization import Quantization  # noqa: E402
+from qlora_kit import models
+from qlora_kit.config.quantization import Quantization
+from qlora_kit.quantization.int4 import quantize_linears_, register
+from qlora_kit.system.environment import environment
+from qlora_kit.system.safe_bitsandbytes import keep_weights_as_stored_
+from qlora_kit.system.safe_peft import peft
 
 CONTENDERS = {
     "nf4": Quantization("nf4"),
@@ -58,9 +60,11 @@ SHAPES: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["query", "key", "value", "dense"],
     ),
 }  # fmt: skip
+KEY = ("device", "model", "precision", "batch", "length", "contender")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@told_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +73,9 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=None)
     parser.add_argument("--precision", choices=PRECISIONS, default=None)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape and length after so long")
     parser.add_argument("--out", default="results/int4_step.json")
+    recording.add_options(parser)
     parser.add_argument("--memory-of", nargs=3, metavar=("SHAPE", "NAME", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     cuda = options.device == "cuda"
@@ -81,17 +87,43 @@ def main() -> int:
         shape, name, length = options.memory_of
         print(json.dumps(memory(options, shape, name, int(length))))
         return 0
-    result: dict[str, Any] = {
-        "schema": records.SCHEMA,
-        "environment": records.environment(options.device),
-        "command": " ".join(["python benchmarks/int4_step.py", *sys.argv[1:]]),
-        "rows": [],
-    }
+    return measure(options, recording.begin(options))
+
+
+def measure(options: argparse.Namespace, provenance: recording.Provenance) -> int:
+    """Time the missing shapes and lengths, and write each when it is done."""
+    here, began = environment(options.device), time.monotonic()
+    command = recording.command_line("int4_step.py")
+    makes = [
+        dict(zip(KEY, (here["device"], shape, options.precision, options.batch, length, name), strict=True))
+        for shape in options.shapes
+        for length in options.lengths
+        for name in CONTENDERS
+    ]
+    done = recording.done(options.out, command, provenance) if options.append else []
+    rows: list[dict[str, Any]] = [row for row in done if {name: row[name] for name in KEY} in makes]
     for shape in options.shapes:
         for length in options.lengths:
+            of_field = [row for row in rows if (row["model"], row["length"]) == (shape, length)]
+            if len(of_field) == len(CONTENDERS):
+                print(f"{shape} length {length}: there already", flush=True)
+                continue
+            if time.monotonic() - began > options.seconds:
+                print(f"out of time before {shape} length {length}: the same command again goes on", file=sys.stderr)
+                return 1
+            # An incomplete comparison is timed again as a whole, because its contenders are compared with each other.
+            rows = [row for row in rows if row not in of_field]
             for row in compare(options, shape, length):
-                result["rows"].append(row)
-                records.write_json(options.out, result)  # what is measured is kept, whatever happens next
+                rows.append(provenance.stamped(row, here))
+                recording.write(
+                    options.out,
+                    rows,
+                    provenance=provenance,
+                    command=command,
+                    makes=makes,
+                    key=KEY,
+                    append=options.append,
+                )
     print(f"written: {options.out}")
     return 0
 
@@ -101,30 +133,30 @@ def capable() -> bool:
 
 
 def build(options: argparse.Namespace, shape: str, spec: Quantization) -> torch.nn.Module:
-    """The shape's classifier with seeded random weights, quantized, with LoRA of rank 16 on it."""
+    """Return a shape's classifier with seeded random weights, quantized, with LoRA of rank 16."""
     make, targets = SHAPES[shape]
     config, dtype = make(), PRECISIONS[options.precision]
     config.num_labels, config.pad_token_id = 77, 0
     torch.manual_seed(0)
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     heads = models.head_modules(model)
-    model = model.to(dtype).to(options.device)  # bitsandbytes quantizes where the weight is
+    model = model.to(dtype).to(options.device)  # bitsandbytes quantizes on the weight's device
     if spec.scheme == "int4":
         quantize_linears_(model, spec, heads, dtype)
     else:
         models.quantize_with_bitsandbytes_(model, spec, heads, dtype)
     for head in heads:
         model.get_submodule(head).float()
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.1, target_modules=targets, modules_to_save=heads,
         exclude_modules=[f"{head}.*" for head in heads] if shape == "minilm" else None,
     )  # fmt: skip
-    model = get_peft_model(model, register(lora)).to(options.device).train()
-    return models.keep_weights_as_stored_(model)
+    model = peft.get_peft_model(model, register(lora)).to(options.device).train()
+    return keep_weights_as_stored_(model)
 
 
 def step_of(options: argparse.Namespace, model: torch.nn.Module, length: int) -> Callable[[], None]:
-    """One training step on one batch, as a function to be called again and again."""
+    """Return a function that does one training step on a fixed batch."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 1000, (options.batch, length), generator=generator).to(options.device)
     labels = torch.randint(0, 77, (options.batch,), generator=generator).to(options.device)
@@ -165,7 +197,8 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> Iterator[di
             "device_seconds": device[name],
             "times_nf4": statistics.median(wall[name]) / statistics.median(wall["nf4"]),
             "repeats": options.repeats,
-            "device": records.environment(options.device)["device"],
+            "repeats_seconds": wall[name],
+            "device": environment(options.device)["device"],
             **measured_apart(options, shape, name, length),
         }
         peak = f", peak {row['peak_bytes'] / 2**20:.1f} MiB" if row["peak_bytes"] else ""
@@ -176,7 +209,7 @@ def compare(options: argparse.Namespace, shape: str, length: int) -> Iterator[di
 
 
 def quartiles(seconds: list[float]) -> list[float]:
-    """The first and the third; a single value is both."""
+    """Return the first and the third quartile; a single value is both."""
     return statistics.quantiles(seconds, n=4)[::2] if len(seconds) > 1 else seconds * 2
 
 
@@ -191,7 +224,7 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def kernel_seconds(step: Callable[[], None], steps: int = 5) -> float:
-    """What the kernels of a step take on the GPU, added up."""
+    """Return the summed time of a step's kernels on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             step()
@@ -200,7 +233,7 @@ def kernel_seconds(step: Callable[[], None], steps: int = 5) -> float:
 
 
 def measured_apart(options: argparse.Namespace, shape: str, name: str, length: int) -> dict[str, Any]:
-    """Peak memory of one contender, from a fresh process; on the CPU there is no such counter."""
+    """Return one contender's peak memory from a new process; None on a CPU, which has no such counter."""
     if options.device == "cpu":
         return {"peak_bytes": None, "model_bytes": None}
     command = [sys.executable, __file__, "--device", "cuda", "--batch", str(options.batch)]

@@ -7,7 +7,7 @@
 Every row is a process of its own, so that the allocator's peak is that row's. Rows run side by side as far as the
 GPU's memory reaches; those of the groups `recipe`, `t4` and `optimizers` run alone and have `step_seconds`, the others
 have `shared_step_seconds`. Models have random weights: memory and speed do not depend on them. The same command again
-goes on with the rows that are missing.
+goes on with the rows that are missing. Bytes are read from the allocator; the seconds of each step are kept.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import recording
+from common.refusals import told_in_a_line
 
-from qlora_kit import records  # noqa: E402
-from qlora_kit.experiment import Experiment, preset  # noqa: E402
+from qlora_kit.config.experiment import Experiment
+from qlora_kit.config.preset import preset
+from qlora_kit.system.environment import cpu_name, environment
+from qlora_kit.system.files import write_json
+from qlora_kit.system.parsing import read_json
 
-GROUPS = ("recipe", "t4", "grid", "optimizers", "cpu")
+KEY = ("device", "name")
+GROUPS = ("recipe", "t4", "alike", "grid", "optimizers", "cpu")
 T4_BYTES = 15 * 1024**3
 SHAPES = {
     "dialogpt-medium": ((8, 128), (4, 256)),
@@ -64,30 +68,44 @@ class Cell:
     limit: int | None = None
     environment: tuple[tuple[str, str], ...] = ()
     note: str = ""
+    whole: bool = False  # train like a real run, with its own batches and graphs, not with `memory.measure`
 
 
 def cells() -> list[Cell]:
-    """Return every cell, the most telling first."""
+    """Return every cell, the most informative first."""
     found: list[Cell] = []
-    # The explained recipe, and the same work with less.
+    # The explained recipe, and the same training with less memory.
     recipe = shape(preset("dialogpt-medium_banking77_recipe"), "dialogpt-medium").override(
         {"training.warmup_steps": 0, "tracking.wandb": "none"}
     )
     sixteen = recipe.override({"training.prepare_for_kbit_training": False})
     lean = sixteen.override({"model.lean": True, "model.fused": True})
+    least = lean.override({"quantization.embeddings": "nf4"})
+    # The kit does not set this variable; it must be set before CUDA starts. Each such row has a twin without it.
     small = (("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8"),)
-    for name, experiment, environment, note in (
+    asked = "; CUBLAS_WORKSPACE_CONFIG is set by this benchmark alone"
+    sixteen_bits = "embeddings in 16 bits, lean activations, cuBLAS workspaces "
+    for name, experiment, variables, note in (
         ("recipe", recipe, (), "the explained recipe"),
-        ("ours_16bit_embeddings", lean, small, "embeddings in 16 bits, lean activations, cuBLAS workspaces of 8 MiB"),
-        ("ours_4bit_embeddings", lean.override({"quantization.embeddings": "nf4"}), small, "embeddings in 4 bits"),
+        ("ours_16bit_embeddings", lean, small, f"{sixteen_bits}of 8 MiB{asked}"),
+        ("ours_4bit_embeddings", least, small, f"embeddings in 4 bits, cuBLAS workspaces of 8 MiB{asked}"),
         ("recipe_16bit_embeddings", sixteen, (), "the recipe without prepare_model_for_kbit_training"),
-        ("ours_32mib_cublas", lean, (), "embeddings in 16 bits, lean activations, cuBLAS workspaces as they are"),
-        ("recipe_8mib_cublas", recipe, small, "the explained recipe, cuBLAS workspaces of 8 MiB"),
+        ("ours_32mib_cublas", lean, (), f"{sixteen_bits}as they are"),
+        ("ours_4bit_embeddings_32mib_cublas", least, (), "embeddings in 4 bits: the least of the kit by itself"),
+        ("recipe_8mib_cublas", recipe, small, f"the explained recipe, cuBLAS workspaces of 8 MiB{asked}"),
     ):
         found.append(
             Cell(name, "recipe", "dialogpt-medium", "recipe" if name.startswith("recipe") else "qlora", experiment,
-                 8, 128, 12, True, None, environment, note)
+                 8, 128, 12, True, None, variables, note)
         )  # fmt: skip
+    # The preset with its defaults: no checkpointing, batches only as wide as needed, CUDA graphs.
+    shipped = shape(preset("dialogpt-medium_banking77_qlora"), "dialogpt-medium").override(
+        {"training.max_steps": 60, "tracking.wandb": "none"}
+    )
+    found.append(
+        Cell("preset", "recipe", "dialogpt-medium", "qlora", shipped, shipped.training.batch_size,
+             shipped.data.max_length, 60, True, None, (), "the preset as it is shipped, evaluation included", True)
+    )  # fmt: skip
     # 7 B in a T4's memory: the paper's adapters (r=64 on every linear layer) and the kit's (r=16).
     for rank, scheme, optimizer in (
         (64, "nf4", "paged_adamw_32bit"),
@@ -112,11 +130,18 @@ def cells() -> list[Cell]:
                     name += "_checkpointing" if checkpointing else ""
                     experiment = base(model, method, scheme, nested, checkpointing)
                     found.append(Cell(name, "grid", model, method, experiment, batch, length))
-    # Optimizers where their state weighs: every weight of SmolLM2 trained.
+    # The recipe's own precision; the two differ only in how the base is stored.
+    for method, scheme in (("qlora", "nf4"), ("lora", "none")):
+        experiment = base("dialogpt-medium", method, scheme, True, True).override({"training.precision": "fp16"})
+        note = "the recipe's precision, alike in all but storage"
+        found.append(
+            Cell(f"alike_{method}_fp16", "alike", "dialogpt-medium", method, experiment, 8, 128, 12, True, note=note)
+        )
+    # Optimizers where their state is large: every weight of SmolLM2 is trained.
     for optimizer in ("adamw_torch", "paged_adamw_32bit", "adamw_8bit", "paged_adamw_8bit"):
         experiment = base("smollm2-135m", "full", "none", True, True).override({"training.optimizer": optimizer})
         found.append(Cell(f"optimizer_{optimizer}", "optimizers", "smollm2-135m", "full", experiment, 8, 128, 10, True))
-    # The same machinery without a GPU.
+    # The same measurements without a GPU.
     for method, scheme, nested in (*METHODS, ("qlora", "fp4", True), ("qlora", "int4", True)):
         for checkpointing in (False, True):
             experiment = preset("minilm_banking77_full" if method == "full" else "minilm_banking77_qlora").override(
@@ -169,14 +194,19 @@ def one(cell: Cell, file: Path) -> None:
     device = models.default_device()
     if cuda and device.type != "cuda":
         raise SystemExit(f"{cell.name} needs a GPU")
-    plan = memory.plan(cell.experiment, batch=cell.batch, length=cell.length, device=None)
+    length = widest(cell.experiment) if cell.whole else cell.length
+    plan = memory.plan(cell.experiment, batch=cell.batch, length=length, device=None)
     weights = 2 * plan.parameters[1]
     print(f"NEED {max(plan.reserved, weights) + 1536 * 1024**2}", flush=True)
     sys.stdin.readline()
     if cell.limit:
         torch.cuda.set_per_process_memory_fraction(cell.limit / torch.cuda.get_device_properties(0).total_memory)
     started = time.perf_counter()
-    measured = memory.measure(cell.experiment, batch=cell.batch, length=cell.length, steps=cell.steps)
+    if cell.whole:
+        measured, graphs = trained(cell.experiment, length)
+    else:
+        measured = memory.measure(cell.experiment, batch=cell.batch, length=length, steps=cell.steps)
+        graphs = False
     print(f"MEASURED {time.perf_counter() - started:.1f} s", flush=True)
     spec = cell.experiment
     difference = plan.total / measured.total - 1 if measured.total else None
@@ -190,13 +220,13 @@ def one(cell: Cell, file: Path) -> None:
         "precision": measured.precision,
         "optimizer": spec.training.optimizer,
         "checkpointing": spec.training.gradient_checkpointing,
-        "graphs": False,
+        "graphs": graphs,
         "batch": cell.batch,
-        "length": cell.length,
+        "length": length,
         "planned_bytes": plan.total,
         "peak_bytes": measured.total,
         "step_seconds": measured.step_seconds if cell.alone else None,
-        "device": measured.device if cuda else records.cpu_name(),
+        "device": measured.device if cuda else cpu_name(),
         "fits": measured.fits,
         "difference": difference,
         "planned_reserved_bytes": plan.reserved,
@@ -211,26 +241,75 @@ def one(cell: Cell, file: Path) -> None:
         "prepare_for_kbit_training": spec.training.prepare_for_kbit_training,
         "limit_bytes": cell.limit,
         "cublas_workspace": dict(cell.environment).get("CUBLAS_WORKSPACE_CONFIG"),
+        "cublas_workspace_set_by": "this benchmark alone" if cell.environment else None,
         "note": cell.note,
         "trainable_parameters": plan.parameters[0],
         "parameters": plan.parameters[1],
     }
     if not cell.alone:
         row["shared_step_seconds"] = measured.step_seconds
-    if cell.group in ("recipe", "t4"):
+    row["step_seconds_each"] = measured.step_seconds_each
+    if cell.group in ("recipe", "t4") and not cell.whole:
         row["losses"] = measured.losses
-    records.write_json(file, {"row": row, "environment": records.environment(device if cuda else None)})
+    write_json(file, recording.stamped(row, environment(device if cuda else None)))
     found = f"{measured.total / 2**20:,.1f} MiB, {difference:+.2%}" if measured.total else "out of memory"
     print(f"{cell.name}: planned {plan.total / 2**20:,.1f} MiB, measured {found}")
     print(json.dumps({"planned": plan.parts, "measured": measured.parts}))
     print(json.dumps({"phase": [plan.phase, measured.phase], "planned": plan.details, "measured": measured.details}))
 
 
+def widest(experiment: Experiment) -> int:
+    """Return the tokens of a preset's widest batch, padding included."""
+    from qlora_kit import data, models
+
+    tokenizer = models.load_tokenizer(experiment.model)
+    longest = max(data.token_lengths(tokenizer, data.load(experiment.data).train.texts))
+    edges = data.edges_of(models.default_device())
+    return data.collator(0, "longest", experiment.data.max_length, edges=edges).width(longest)
+
+
+def trained(experiment: Experiment, length: int) -> tuple[Any, bool]:
+    """Train a preset like a user. The widest batch comes first, so that few steps are enough to reach the peak.
+
+    Args:
+        experiment: The preset.
+        length: Tokens of its widest batch.
+
+    Returns:
+        Its measured memory, evaluation included, and whether CUDA graphs were used.
+    """
+    import tempfile
+
+    import qlora_kit as qlora_kit
+    from qlora_kit import memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = qlora_kit.finetune(experiment, out=folder, progress=False)
+        record, device = run.training, run.environment["device"]
+    counts = record["parameters"]
+    measured = memory.Measured(
+        experiment=experiment,
+        batch=experiment.training.batch_size,
+        length=length,
+        device=device,
+        precision=record["precision"],
+        fits=True,
+        total=record["memory"]["peak_bytes"],
+        reserved=record["memory"]["reserved_bytes"],
+        parts={},
+        paged=0,
+        step_seconds=None,  # capturing the graphs takes longer than so few steps
+        losses=[],
+        parameters=(counts["trainable"], counts["all"]),
+    )
+    return measured, bool((record["graphs"] or {}).get("captured"))
+
+
 # --- all of them ------------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A cell's process: it plans, says how much memory it needs, waits, measures."""
+    """A cell's process: it plans, reports how much memory it needs, waits, and measures."""
 
     def __init__(self, cell: Cell, folder: Path) -> None:
         self.cell, self.need, self.granted = cell, 0, False
@@ -251,7 +330,7 @@ class Worker:
         )
 
     def read(self) -> None:
-        """Take what it has said."""
+        """Read its output so far."""
         stream = self.process.stdout
         assert stream is not None
         while select.select([stream], [], [], 0)[0]:
@@ -273,7 +352,7 @@ class Worker:
 
 
 def run(todo: list[Cell], folder: Path, jobs: int, room: int, seconds: float) -> list[str]:
-    """Run cells side by side as far as `room` bytes reach; return the names of those that failed."""
+    """Run cells in parallel as long as they fit into `room` bytes; return the names of those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     started, waiting, failed = time.monotonic(), list(todo), []
     workers: list[Worker] = []
@@ -299,7 +378,7 @@ def run(todo: list[Cell], folder: Path, jobs: int, room: int, seconds: float) ->
                 continue
             if worker.cell.alone:
                 if measuring:
-                    break  # it comes next, once the others are done
+                    break  # it runs next, when the others are done
                 worker.go()
                 break
             if sum(other.need for other in measuring) + worker.need <= room or not measuring:
@@ -314,6 +393,7 @@ def run(todo: list[Cell], folder: Path, jobs: int, room: int, seconds: float) ->
     return failed
 
 
+@told_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, help="which groups (those that this machine can run)")
@@ -325,13 +405,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long; the rest is for next time")
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
     parser.add_argument("--list", action="store_true", help="say which cells there are")
+    recording.add_options(parser, append=False)
     parser.add_argument("--cell", nargs=2, metavar=("NAME", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     by_name = {cell.name: cell for cell in cells()}
     if options.cell:
         one(by_name[options.cell[0]], Path(options.cell[1]))
         return 0
-    groups = options.groups or (["recipe", "t4", "grid", "optimizers"] if _gpu() else ["cpu"])
+    groups = options.groups or ([group for group in GROUPS if group != "cpu"] if _gpu() else ["cpu"])
     folder = Path(options.runs)
     wanted = [cell for cell in by_name.values() if cell.group in groups]
     if options.only:
@@ -339,13 +420,24 @@ def main() -> int:
     if options.list:
         print("\n".join(cell.name for cell in wanted))
         return 0
-    todo = [cell for cell in wanted if options.again or not (folder / f"{cell.name}.json").is_file()]
+    provenance = recording.begin(options)
+    todo = [cell for cell in wanted if options.again or finished(folder, cell, provenance) is None]
+    for cell in todo:
+        (folder / f"{cell.name}.json").unlink(missing_ok=True)
     jobs = 1 if groups == ["cpu"] else options.jobs
     failed = run(todo, folder, jobs, int(options.room), options.seconds)
-    gather(folder, Path(options.out), list(by_name))
+    made = [row for cell in wanted if (row := finished(folder, cell, provenance)) is not None]
+    gather(Path(options.out), made, wanted, provenance)
     for name in failed:
         print(f"{name}: {(folder / f'{name}.log').read_text()[-600:]}", file=sys.stderr)
-    return 1 if failed else 0
+    return 0 if len(made) == len(wanted) else 1
+
+
+def finished(folder: Path, cell: Cell, provenance: recording.Provenance) -> dict[str, Any] | None:
+    """Return an earlier call's row if committed code made it, else None."""
+    file = folder / f"{cell.name}.json"
+    row = read_json(file) if file.is_file() else {}
+    return row if "name" in row and provenance.takes(row) else None
 
 
 def _gpu() -> bool:
@@ -354,31 +446,25 @@ def _gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def gather(folder: Path, out: Path, order: list[str]) -> None:
-    """Put the rows into one file, beside those that are in it already."""
-    rows: dict[str, dict[str, Any]] = {}
-    environment: dict[str, Any] | None = None
-    if out.is_file():
-        before = records.read_json(out)
-        environment = before["environment"]
-        rows = {row["name"]: row for row in before["rows"]}
-    for file in folder.glob("*.json"):
-        made = records.read_json(file)
-        environment = environment or made["environment"]
-        row = made["row"]
-        if made["environment"] != environment:
-            row["environment"] = made["environment"]
-        rows[row["name"]] = row
-    ordered = [rows[name] for name in order if name in rows]
-    if ordered:
-        records.write_json(
-            out,
-            {"schema": 1, "environment": environment, "command": "python benchmarks/memory.py", "rows": ordered},
-        )
-        known = [row for row in ordered if row["difference"] is not None]
-        if known:
-            worst = max(known, key=lambda row: abs(row["difference"]))
-            print(f"{len(ordered)} rows; worst planned against measured: {worst['name']} {worst['difference']:+.2%}")
+def gather(out: Path, rows: list[dict[str, Any]], wanted: list[Cell], provenance: recording.Provenance) -> None:
+    """Add the rows to the record, keeping the rows that are already there."""
+    if not rows:
+        return
+    device = rows[0]["device"]
+    record = recording.write(
+        out,
+        rows,
+        provenance=provenance,
+        command=recording.command_line("memory.py"),
+        makes=[{"device": device, "name": cell.name} for cell in wanted],
+        key=KEY,
+        append=True,
+    )
+    known = [row for row in record["rows"] if row["difference"] is not None]
+    if known:
+        worst = max(known, key=lambda row: abs(row["difference"]))
+        told = f"{worst['name']} {worst['difference']:+.2%}"
+        print(f"{len(record['rows'])} rows; worst planned against measured: {told}")
 
 
 if __name__ == "__main__":

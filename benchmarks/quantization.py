@@ -2,7 +2,8 @@
 
     python benchmarks/quantization.py
 
-On two CPU cores it takes most of an hour; what is done is kept in --work, so that it goes on where it was cut off.
+On two CPU cores it takes most of an hour; what is done is kept in --work, so that it goes on where it was cut off, and
+`--seconds` cuts it off by itself.
 
 Four subjects, each row with its `subject`:
 
@@ -15,6 +16,9 @@ SmolLM2's weights come from a file that had 4 bits a weight once (Q4_1: blocks o
 between each block's smallest and largest). So "unquantized" here means what that file left, and evenly spaced levels
 (int4) meet weights that are evenly spaced already. `smoothed` rows take that away: noise as wide as Q4_1's own step
 is added first, so that the weights lie on no grid.
+
+Rows keep what they were computed from, where that is small: the value of each draw, the distance of each text, the loss
+of each window. Errors of layers are of weights that are too many to keep.
 """
 
 from __future__ import annotations
@@ -22,24 +26,31 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+import transformers
+from common import recording
+from common.refusals import told_in_a_line
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+from qlora_kit import claims, data, models, quantization
+from qlora_kit.checking import packing
+from qlora_kit.checking.record import mean_with_interval
+from qlora_kit.config.quantization import BLOCK_SIZES, Quantization
+from qlora_kit.config.sections import ModelSpec
+from qlora_kit.quantization.codebooks import CODEBOOKS
+from qlora_kit.system.environment import environment
+from qlora_kit.system.files import write_json
+from qlora_kit.system.parsing import read_json
 
-from qlora_kit import data, models, quantization, records  # noqa: E402
-from qlora_kit.experiment import ModelSpec  # noqa: E402
-from qlora_kit.quantization import BLOCK_SIZES, CODEBOOKS, Quantization  # noqa: E402
-
-# name, spec, codebook: the schemes that train, then the paper's and the standards' 4-bit floats
+# name, spec, codebook: the schemes for training, then the 4-bit floats of the paper and of standards
 SCHEMES: list[tuple[str, Quantization, str | None]] = [
     ("none", Quantization("none"), None),
     ("int8", Quantization("int8"), None),
@@ -47,10 +58,15 @@ SCHEMES: list[tuple[str, Quantization, str | None]] = [
     ("e2m1", Quantization("nf4", False), "e2m1"),
     ("e3m0", Quantization("nf4", False), "e3m0"),
 ]
+KEY = ("subject", "model", "weights", "text", "layer", "scheme", "double_quantization", "block_size", "levels")
 SAMPLES = 2**20
 SEEDS = 5
+LLOYD_MAX = (8, 16, 32, 64, 128, 256)
+BASES = ("embedded:minilm", "embedded:smollm2-135m")
+TEXTS = ("banking77 test questions", "python language reference")
 
 
+@told_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -58,39 +74,83 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--subjects", nargs="+", default=["normal", "layer", "embedding", "perplexity"])
     parser.add_argument("--work", default="runs/quantization", help="folder of rows that are done")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after so long")
     parser.add_argument("--out", default="results/quantization.json")
+    recording.add_options(parser)
     options = parser.parse_args()
+    return measure(options, recording.begin(options))
+
+
+def measure(options: argparse.Namespace, provenance: recording.Provenance) -> int:
+    """Measure the missing parts, and write all that are done."""
+    began, complete = time.monotonic(), True
     subjects: dict[str, Iterator[tuple[str, Callable[[], Iterable[dict[str, Any]]]]]] = {
         "normal": iter([("normal", normal)]),
         "layer": iter([("layer", layers)]),
         "embedding": iter([("embedding", lambda: embeddings(options.device))]),
         "perplexity": perplexities(options.device, options.tokens, options.window),
     }
+    bases = {name: models.find_base(ModelSpec(name)).checksum for name in BASES}
+    here = environment(options.device, data_checksum=data.banking77().checksum)
+    here["checksums"]["base"] = bases
     rows: list[dict[str, Any]] = []
     for subject in options.subjects:
-        for name, measure in subjects[subject]:
+        for name, make in subjects[subject]:
             file = Path(options.work) / f"{name}.json"
-            if not file.is_file():
-                records.write_json(file, list(measure()))
-            rows += [{"subject": subject, **row} for row in records.read_json(file)]
+            part = read_json(file) if file.is_file() else []
+            if not (part and provenance.takes(part[0])):
+                if time.monotonic() - began > options.seconds:
+                    complete = False
+                    continue
+                part = [recording.stamped({"subject": subject, **row}, here) for row in make()]
+                write_json(file, part)
+            rows += part
             print(f"{name}: done", flush=True)
+    if not complete:
+        print("out of time: the same command again goes on", file=sys.stderr)
     compare_perplexities(rows)
-    bases = {name: models.find_base(ModelSpec(name)).checksum for name in ("embedded:minilm", "embedded:smollm2-135m")}
-    environment = records.environment(options.device, data_checksum=data.banking77().checksum)
-    environment["checksums"]["base"] = bases
-    result = {
-        "schema": records.SCHEMA,
-        "environment": environment,
-        "command": " ".join(["python benchmarks/quantization.py", *sys.argv[1:]]),
-        "rows": rows,
-    }
-    records.write_json(options.out, result)
+    recording.write(
+        options.out,
+        rows,
+        provenance=provenance,
+        command=recording.command_line("quantization.py"),
+        makes=keys(options.subjects),
+        key=KEY,
+        append=options.append,
+    )
     print(f"written: {options.out}")
-    return 0
+    return 0 if complete else 1
+
+
+def keys(subjects: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the key of each row to be measured, without measuring."""
+    nothing = dict.fromkeys(KEY)
+    if "normal" in subjects:
+        normal_row = {**nothing, "subject": "normal"}
+        for name, double, block_size in itertools.product(CODEBOOKS, (True, False), BLOCK_SIZES):
+            yield {**normal_row, "scheme": name, "double_quantization": double, "block_size": block_size}
+        yield {**normal_row, "scheme": "int8"}
+        for levels in LLOYD_MAX:
+            yield {**normal_row, "scheme": "lloyd_max", "levels": levels}
+    if "layer" in subjects:
+        for name in BASES:
+            for layer, _ in linear_layers(load(name)):
+                for scheme, spec, _ in layer_schemes():
+                    about = {"subject": "layer", "model": name, "layer": layer}
+                    yield {**nothing, **about, "scheme": scheme, "double_quantization": spec.nested}
+    if "embedding" in subjects:
+        for scheme, spec, _ in SCHEMES[1:]:
+            about = {"subject": "embedding", "model": BASES[0]}
+            yield {**nothing, **about, "scheme": scheme, "double_quantization": spec.nested}
+    if "perplexity" in subjects:
+        for weights, (scheme, spec, _) in read_schemes():
+            for text in TEXTS:
+                about = {"subject": "perplexity", "model": BASES[1], "weights": weights, "text": text}
+                yield {**nothing, **about, "scheme": scheme, "double_quantization": spec.nested}
 
 
 def normal() -> Iterator[dict[str, Any]]:
-    """Error on normal samples; the interval is over seeds."""
+    """Yield rows of errors on normal samples; the interval is over seeds."""
     for name in CODEBOOKS:
         for double in (True, False):
             for block_size in BLOCK_SIZES:
@@ -100,25 +160,26 @@ def normal() -> Iterator[dict[str, Any]]:
                     tensor = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(seed))
                     restored = quantization.roundtrip(tensor, spec, levels=name)
                     errors.append(quantization.quantization_error(tensor, restored))
-                snr = [error["snr_db"] for error in errors]
-                half = 2.776 * float(np.std(snr, ddof=1)) / math.sqrt(SEEDS)  # Student's t, 4 degrees of freedom
+                draws = {key: [error[key] for error in errors] for key in ("snr_db", "mse", "max")}
                 yield {
                     "scheme": name,
                     "double_quantization": double,
                     "block_size": block_size,
                     "bits_per_parameter": quantization.bits_per_parameter(spec),
-                    "mse": float(np.mean([error["mse"] for error in errors])),
-                    "max_error": max(error["max"] for error in errors),
-                    "snr_db": {"value": float(np.mean(snr)), "low": np.mean(snr) - half, "high": np.mean(snr) + half},
+                    "mse": float(np.mean(draws["mse"])),
+                    "max_error": max(draws["max"]),
+                    "snr_db": claims.seed_interval(draws["snr_db"]),
+                    "draws": draws,
                 }
     matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     error = quantization.quantization_error(matrix, quantization.roundtrip(matrix, Quantization("int8")))
     bits = quantization.bits_per_parameter(Quantization("int8"), in_features=1024)
     yield {"scheme": "int8", "bits_per_parameter": bits, **error}
-    for levels in (8, 16, 32, 64, 128, 256):
+    for levels in LLOYD_MAX:
         mse = quantization.lloyd_max(levels)[1]
         yield {
             "scheme": "lloyd_max",
+            "levels": levels,
             "bits_per_parameter": math.log2(levels),
             "mse": mse,
             "snr_db": -10 * math.log10(mse),
@@ -126,16 +187,11 @@ def normal() -> Iterator[dict[str, Any]]:
 
 
 def layers() -> Iterator[dict[str, Any]]:
-    """Error of every linear layer of real weights."""
-    for name in ("embedded:minilm", "embedded:smollm2-135m"):
-        model = load(name)
-        for layer, module in model.named_modules():
-            if not isinstance(module, torch.nn.Linear) or layer == "lm_head" or "pooler" in layer:
-                continue
+    """Yield rows of errors of every linear layer, with real weights."""
+    for name in BASES:
+        for layer, module in linear_layers(load(name)):
             weight = module.weight.data
-            for scheme, spec, levels in SCHEMES[1:]:
-                if scheme in ("fp4", "int4") and not spec.nested:
-                    continue  # what double quantization adds shows with nf4
+            for scheme, spec, levels in layer_schemes():
                 error = quantization.quantization_error(weight, quantization.roundtrip(weight, spec, levels=levels))
                 yield {
                     "model": name,
@@ -148,8 +204,19 @@ def layers() -> Iterator[dict[str, Any]]:
                 }
 
 
+def linear_layers(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and layer != "lm_head" and "pooler" not in layer:
+            yield layer, module
+
+
+def layer_schemes() -> list[tuple[str, Quantization, str | None]]:
+    """Return the schemes to measure by layer; only nf4 is measured without double quantization too."""
+    return [entry for entry in SCHEMES[1:] if entry[0] not in ("fp4", "int4") or entry[1].nested]
+
+
 def kurtosis(weight: torch.Tensor) -> float:
-    """3 for normal weights, more where outliers are common."""
+    """Return the kurtosis: 3 for normal weights, more if outliers are common."""
     centred = weight.double() - weight.double().mean()
     return (centred.pow(4).mean() / centred.square().mean().square()).item()
 
@@ -162,7 +229,7 @@ def load(name: str) -> Any:
 
 
 def embeddings(device: str, texts: int = 770) -> Iterator[dict[str, Any]]:
-    """Move of MiniLM's sentence embeddings (mean of the token states), by cosine, over test questions."""
+    """Yield rows of how far MiniLM's sentence embeddings (means of token states) of test questions move, by cosine."""
     tokenizer = models.load_tokenizer(ModelSpec("embedded:minilm"))
     plain = load("embedded:minilm")
     questions = list(data.banking77().test.texts[::4][:texts])
@@ -180,43 +247,44 @@ def embeddings(device: str, texts: int = 770) -> Iterator[dict[str, Any]]:
         return torch.nn.functional.normalize(torch.cat(parts).double(), dim=1)
 
     exact = embed(plain)
-    generator = np.random.default_rng(0)
     for scheme, spec, levels in SCHEMES[1:]:
         moved = embed(quantization.quantize_weights_(copy.deepcopy(plain), spec, ["pooler"], levels=levels))
         distance = (1 - (exact * moved).sum(dim=1)).numpy()
-        means = distance[generator.integers(len(distance), size=(2000, len(distance)))].mean(axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
         yield {
             "model": "embedded:minilm",
             "scheme": scheme,
             "double_quantization": spec.nested,
             "texts": len(questions),
-            "cosine_distance": {"value": float(distance.mean()), "low": float(low), "high": float(high)},
+            "cosine_distance": mean_with_interval(distance),
+            "distances": packing.pack(distance, "f8"),
         }
 
 
 def texts() -> dict[str, str]:
-    """Real English: customers' questions, shuffled, and the reference that every Python has with it."""
+    """Return real English texts: customers' questions, shuffled, and the language reference that comes with Python."""
     from pydoc_data.topics import topics
 
     questions = list(data.banking77().test.texts)
     np.random.default_rng(0).shuffle(questions)
-    return {
-        "banking77 test questions": "\n".join(questions),
-        "python language reference": "\n\n".join(topics[name] for name in sorted(topics)),
-    }
+    reference = "\n\n".join(topics[name] for name in sorted(topics))
+    return dict(zip(TEXTS, ("\n".join(questions), reference), strict=True))
 
 
 def perplexities(device: str, tokens: int, window: int) -> Iterator[tuple[str, Callable[[], Iterable[dict[str, Any]]]]]:
-    """Perplexity of each text in each scheme, by the weights it starts from; a unit of work for each."""
+    """Yield a unit of work for each scheme and kind of weights: it measures the perplexity of each text."""
+    for weights, (scheme, spec, levels) in read_schemes():
+        double = "_double" if spec.nested else ""
+        unit = f"perplexity_{weights.replace(' ', '_')}_{scheme}{double}_{tokens}_{window}"
+        yield unit, functools.partial(read_texts, device, tokens, window, weights, scheme, spec, levels)
+
+
+def read_schemes() -> Iterator[tuple[str, tuple[str, Quantization, str | None]]]:
+    """Yield the kind of weights that a scheme is applied to, and the scheme."""
     for weights in ("as shipped", "smoothed"):
         for scheme, spec, levels in SCHEMES:
-            # on smoothed weights what bears on the grid alone
-            if weights == "smoothed" and (scheme in ("int8", "e3m0") or spec.nested):
-                continue
-            double = "_double" if spec.nested else ""
-            unit = f"perplexity_{weights.replace(' ', '_')}_{scheme}{double}_{tokens}_{window}"
-            yield unit, functools.partial(read_texts, device, tokens, window, weights, scheme, spec, levels)
+            # on smoothed weights, only the schemes that matter for the question of the grid
+            if weights == "as shipped" or not (scheme in ("int8", "e3m0") or spec.nested):
+                yield weights, (scheme, spec, levels)
 
 
 def read_texts(
@@ -245,7 +313,7 @@ def read_texts(
 
 
 def compare_perplexities(rows: list[dict[str, Any]]) -> None:
-    """Add how many times the unquantized model's perplexity each row has, and int4's: paired, text by text."""
+    """Add to each row the ratios of its perplexity to the unquantized model's and to int4's, paired by text."""
     found = {
         (row["weights"], row["text"], row["scheme"]): torch.tensor(row["window_losses"], dtype=torch.float64)
         for row in rows
@@ -261,7 +329,7 @@ def compare_perplexities(rows: list[dict[str, Any]]) -> None:
 
 
 def smooth(model: Any) -> Any:
-    """Take the weights off Q4_1's grid: uniform noise as wide as each block of 32's step, seeded, in place."""
+    """Move the weights off Q4_1's grid in place: add seeded uniform noise as wide as the step of each block of 32."""
     generator = torch.Generator().manual_seed(0)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":

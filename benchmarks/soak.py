@@ -23,33 +23,32 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import operator
 import os
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# The library first: it imports bitsandbytes safely.
+from common import recording
+from common.refusals import told_in_a_line
 
-# The library first: it sees to how bitsandbytes is imported.
-import qlora_kit as qk  # noqa: E402
-from qlora_kit import models, records  # noqa: E402
+import qlora_kit as qk
+from qlora_kit import models
 
 # isort: split
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+import psutil
+import torch
+from transformers import TrainerCallback
 
 PRESET = "minilm_banking77_qlora"
-COMMAND = "; ".join(f"python benchmarks/soak.py{words}" for words in ("", " --padding max_length", " --caches off"))
-# How many compiled products oneDNN keeps, and how many ideep, the layer between it and torch (which crashes at 0).
+KEY = ("device", "padding", "caches")
+# How many compiled products oneDNN keeps, and how many ideep keeps, the layer between oneDNN and torch (which crashes
+# at 0).
 CACHES_OFF = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
-WARM = 200  # steps after which nothing may grow: everything has been allocated once
+WARM = 200  # steps after which memory must not grow: everything has been allocated once
 ROWS_A_STEP = 8
 CHANGES = {
-    "data.limit": WARM * ROWS_A_STEP,  # an epoch, and so an evaluation, every `WARM` steps
+    "data.limit": WARM * ROWS_A_STEP,  # one epoch, and so one evaluation, every `WARM` steps
     "training.batch_size": ROWS_A_STEP,
     "training.checkpoint_steps": WARM // 2,
     "training.threads": 1,
@@ -70,7 +69,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def handed_out() -> int | None:
-    """Return the bytes that malloc has handed out and not got back, or None without glibc 2.33 or newer."""
+    """Return the bytes that malloc has allocated and that are not freed, or None without glibc 2.33 or newer."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is None:
         return None
@@ -80,7 +79,7 @@ def handed_out() -> int | None:
 
 
 class Memory(TrainerCallback):
-    """Notes what memory is held, between two steps, every so many steps."""
+    """Record the memory in use between two steps, every `every` steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -88,7 +87,7 @@ class Memory(TrainerCallback):
         self.rows: list[dict[str, int]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure before a step, when the last one's evaluation and checkpoint are done."""
+        """Measure before a step, when the previous step's evaluation and checkpoint are done."""
         if state.global_step and state.global_step % self.every == 0:
             self.measure(state.global_step)
 
@@ -109,13 +108,13 @@ class Memory(TrainerCallback):
 
 
 def growth(rows: list[dict[str, int]], start: int) -> dict[str, float]:
-    """Return by how much each kind of memory grew from a step to the end, in per cent."""
+    """Return how much each kind of memory grew from a step to the end, in per cent."""
     first = next(row for row in rows if row["step"] >= start)
     return {name.removesuffix("_bytes"): 100 * (rows[-1][name] / first[name] - 1) for name in first if name != "step"}
 
 
 def soak(steps: int, every: int, padding: str, caches: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train, and return the row and the environment that it was made in."""
+    """Train, and return the row and its environment."""
     cuda = torch.cuda.is_available()
     experiment = qk.preset(PRESET).override(
         {
@@ -142,6 +141,8 @@ def soak(steps: int, every: int, padding: str, caches: str) -> tuple[dict[str, A
         "padding": padding,
         "caches": caches,
         "steps": steps,
+        "seed": experiment.training.seed,
+        "learning_rate": experiment.training.learning_rate,
         "evaluations": len(run.training["epochs"]),
         "from_step": WARM,
         "growth_percent": growth(memory.rows, WARM),
@@ -156,6 +157,7 @@ def soak(steps: int, every: int, padding: str, caches: str) -> tuple[dict[str, A
     return row, environment
 
 
+@told_in_a_line
 def main() -> int:
     """Run it and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,22 +166,24 @@ def main() -> int:
     parser.add_argument("--padding", choices=("buckets", "max_length"), default="buckets")
     parser.add_argument("--caches", choices=("on", "off"), default="on", help="whether oneDNN keeps what it compiles")
     parser.add_argument("--out", default="results/soak.json")
+    recording.add_options(parser, append=False)
     options = parser.parse_args()
     if options.steps <= WARM + options.every:
         parser.error(f"--steps must be more than {WARM + options.every}: memory is compared with that at step {WARM}")
     os.environ["WANDB_MODE"] = "disabled"
     if options.caches == "off":
         os.environ.update(CACHES_OFF)  # both are read at the first product
+    provenance = recording.begin(options)
     row, environment = soak(options.steps, options.every, options.padding, options.caches)
-    out = Path(options.out)
-    before = records.read_json(out)["rows"] if out.is_file() else []
-    key = operator.itemgetter("kind", "padding", "caches")
-    rows = sorted(
-        [*(other for other in before if key(other) != key(row)), {**row, "environment": environment}], key=key
+    recording.write(
+        options.out,
+        [provenance.stamped(row, environment)],
+        provenance=provenance,
+        command=recording.command_line("soak.py"),
+        makes=[row],
+        key=KEY,
+        append=True,
     )
-    command = COMMAND if options.steps == 2000 else f"python benchmarks/soak.py --steps {options.steps}"
-    # Each row has an environment of its own; the file's is that of whoever wrote it last.
-    records.write_json(out, {"schema": 1, "environment": environment, "command": command, "rows": rows})
     for name, percent in row["growth_percent"].items():
         half = row["second_half_growth_percent"][name]
         print(f"{name}: {percent:+.2f}% from step {WARM} to step {options.steps}, {half:+.2f}% over the second half")

@@ -1,4 +1,4 @@
-"""Runs a benchmark's rows as processes of their own, several at once, and keeps what is finished."""
+"""Run a benchmark's rows in separate processes, several at once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from typing import Any
 def run_all(
     commands: Mapping[str, Sequence[str]], logs: Path, at_once: int, deadline: float = float("inf")
 ) -> list[str]:
-    """Run commands, `at_once` at a time, each with a log of its own.
+    """Run commands, `at_once` at a time, each with its own log.
 
     Args:
-        commands: By name, which is also the log's.
+        commands: Commands by name; the log has the same name.
         logs: Folder of the logs.
-        at_once: Processes at a time.
-        deadline: None is begun after this moment of `time.monotonic()`; those that run are waited for.
+        at_once: Number of processes at a time.
+        deadline: No command is started after this time of `time.monotonic()`; running ones are waited for.
 
     Returns:
-        The names of those that failed; what was wrong stands at the end of their logs, and is printed.
+        The names of the failed commands; the ends of their logs are printed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     todo, running, failed, started = list(commands), {}, [], time.monotonic()
@@ -51,13 +51,13 @@ def run_all(
 
 
 class Worker:
-    """A process that does a part of its work whenever it is told to, and reports it as a line of JSON.
+    """A process that does a part of its work on command, and reports it as a line of JSON.
 
-    Contenders that take turns this way share whatever the machine does besides.
+    Contenders that take turns this way are equally affected by other load on the machine.
 
     Args:
-        command: What starts it. It reads words from its standard input and writes reports to its standard output; a
-            report with the key `problem` says that it cannot go on.
+        command: The command that starts it. It reads words from its standard input and writes reports to its standard
+            output; a report with the key `problem` says that it cannot go on.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -77,22 +77,22 @@ class Worker:
         self._lines.put(None)
 
     def ask(self, word: str) -> dict[str, Any]:
-        """Say a word, and return the next report; of a process that ended instead, nothing."""
+        """Send a word and return the next report; {} if the process has ended."""
         self.tell(word)
         return self.hear()
 
     def tell(self, word: str) -> None:
-        """Say a word."""
+        """Send a word."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
 
     def hear(self, deadline: float | None = None) -> dict[str, Any]:
-        """Return the next report; nothing of a process that ended instead, or that is ended for being late.
+        """Return the next report; {} if the process has ended, or is late and is therefore killed.
 
         Args:
-            deadline: The moment of `time.monotonic()` up to which it is waited for; None waits as long as it takes.
+            deadline: Wait until this time of `time.monotonic()`; None waits without limit.
         """
         while True:
             try:
@@ -110,6 +110,6 @@ class Worker:
                 return report
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
