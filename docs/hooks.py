@@ -1,4 +1,4 @@
-"""What `make docs` makes its pages of: README, docstrings, the command line's help, executed notebooks, results/.
+"""What `make docs` makes its pages of: README, CONTRIBUTING, docstrings, the commands' help, notebooks, results/.
 
 MkDocs calls the functions named `on_...`. `OUT` in the environment is the folder of the executed notebooks; it is
 runs/latest where there is none.
@@ -19,13 +19,19 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from qlora_kit import __main__ as command_line  # noqa: E402
-from qlora_kit import colab  # noqa: E402
+import render  # noqa: E402
 
-# Modules of tools for this clone, and what only the command line needs.
-_LEFT_OUT = {"__init__", "__main__", "colab"}
+from qlora_kit.cli import main as command_line  # noqa: E402
+from qlora_kit.notebooks import colab  # noqa: E402
+from qlora_kit.public import EXPORTS, MODULES  # noqa: E402
+
+PACKAGE = ROOT / "qlora_kit"
+# The command line has a page of its own, what is public a table; colab is a tool for a clone.
+_LEFT_OUT = {"__init__", "__main__", "cli", "public", "notebooks.colab"}
+# Of the headings of what a file defines: one below its own.
+_LEVEL = 3
 _MOST_ROWS = 40
 
 
@@ -38,8 +44,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Home": "index.md"},
         {"Notebooks": ["notebooks/index.md", *(f"notebooks/{path.stem}.md" for path in _notebooks())]},
         {"Results": "results.md"},
+        {"Architectures": "architectures.md"},
         {"Command line": "command-line.md"},
-        {"API": ["api/index.md", *(f"api/{name}.md" for name in _modules())]},
+        {"API": ["api/index.md", *(f"api/{name}.md" for name in _rooms())]},
+        {"Contributing": "contributing.md"},
     ]
     return config
 
@@ -52,68 +60,79 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _pages(repository: str) -> Iterator[tuple[str, str | bytes]]:
-    yield "index.md", _home(repository)
+    yield "index.md", _linked("README.md", repository)
+    yield "contributing.md", _linked("CONTRIBUTING.md", repository)
     yield "command-line.md", _commands()
     yield "api/index.md", _api_index()
-    for name in _modules():
-        yield f"api/{name}.md", f"# qlora_kit.{name}\n\n::: qlora_kit.{name}\n"
+    for name in _rooms():
+        yield f"api/{name}.md", _api_page(name)
     yield from _notebook_pages()
     yield from _results()
+    yield "architectures.md", render.page("architectures.md")
 
 
-# --- README -----------------------------------------------------------------------------------------------------
+# --- README and CONTRIBUTING ------------------------------------------------------------------------------------
 
 
-def _home(repository: str) -> str:
-    """Return README with its links into the repository made whole; pictures of results/ are pages' own files."""
+def _linked(name: str, repository: str) -> str:
+    """Return a text of the repository with its links made whole: to a page of the site, or to the file on GitHub."""
+    pages = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "results/README.md": "results.md"}
+    pages |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in _notebooks()}
+    pages |= {f"qlora_kit/{room}{end}": f"api/{room}.md" for room in _rooms() for end in ("", ".py")}
 
     def link(found: re.Match[str]) -> str:
         target = found[1]
+        # Pictures of results/ are files of the site.
         if re.match(r"(https?:|#|mailto:|results/.*\.png$)", target):
             return found[0]
-        for start, page in (("notebooks/", "notebooks/{}.md"), ("qlora_kit/", "api/{}.md")):
-            stem = Path(target).stem
-            known = {path.stem for path in _notebooks()} if start == "notebooks/" else set(_modules())
-            if target.startswith(start) and target.count("/") == 1 and stem in known:
-                return f"]({page.format(stem)})"
-        return f"]({repository}/blob/main/{target})"
+        return f"]({pages.get(target) or f'{repository}/blob/main/{target}'})"
 
-    return re.sub(r"\]\(([^)\s]+)\)", link, (ROOT / "README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\]\(([^)\s]+)\)", link, (ROOT / name).read_text(encoding="utf-8"))
 
 
 # --- the package ------------------------------------------------------------------------------------------------
 
 
-def _modules() -> list[str]:
-    found = sorted(path.stem for path in (ROOT / "qlora_kit").glob("*.py"))
-    return [name for name in found if name not in _LEFT_OUT and not name.startswith("_")]
+def _rooms() -> list[str]:
+    """Return the modules and packages right below `qlora_kit`; folders of data are neither."""
+    found = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    return sorted(found - _LEFT_OUT)
 
 
-def _first_line(module: str) -> str:
+def _api_page(room: str) -> str:
+    """Return a module's page; of a package, a section for each of its files."""
+    parts = [f"# qlora_kit.{room}\n\n::: qlora_kit.{room}\n"]
+    for path in sorted((PACKAGE / room).glob("[!_]*.py")):
+        if f"{room}.{path.stem}" not in _LEFT_OUT:
+            options = f"    options:\n      heading_level: {_LEVEL}\n"
+            parts.append(f"## {path.stem}\n\n::: qlora_kit.{room}.{path.stem}\n{options}")
+    return "\n".join(parts)
+
+
+def _first_line(room: str) -> str:
     import ast
 
-    text = (ROOT / "qlora_kit" / f"{module}.py").read_text(encoding="utf-8")
-    return (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+    file = PACKAGE / room / "__init__.py" if (PACKAGE / room).is_dir() else PACKAGE / f"{room}.py"
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ")
 
 
 def _api_index() -> str:
-    import qlora_kit
-
-    rows = [f"| [{name}]({name}.md) | {_first_line(name)} |" for name in _modules()]
-    exported = [
-        f"| [`qk.{name}`][qlora_kit.{module}.{name}] | {module} |" for name, module in qlora_kit._EXPORTS.items()
-    ]
+    called = {
+        room: "<br>".join(f"`qk.{name}`" for name, path in MODULES.items() if path.partition(".")[0] == room)
+        for room in _rooms()
+    }
     return "\n".join(
         [
             "# API\n",
             "`import qlora_kit as qk` takes milliseconds: a module, as `qk.memory`, is imported at its first use.\n",
             "| at hand as | from |",
             "|---|---|",
-            *exported,
+            *(f"| [`qk.{name}`][qlora_kit.{module}.{name}] | {module} |" for name, module in EXPORTS.items()),
             "\n## Modules\n",
-            "| module | what is in it |",
-            "|---|---|",
-            *rows,
+            "| module | at hand as | what is in it |",
+            "|---|---|---|",
+            *(f"| [{room}]({room}.md) | {called[room]} | {_first_line(room)} |" for room in _rooms()),
             "",
         ]
     )
@@ -144,7 +163,7 @@ def _notebook_pages() -> Iterator[tuple[str, str | bytes]]:
     import nbformat
     from nbconvert import MarkdownExporter
 
-    from qlora_kit.page import with_formulas, without_bars
+    from qlora_kit.notebooks.page import with_formulas, without_bars
 
     rows = []
     for source in _notebooks():
@@ -183,24 +202,33 @@ def _executed(path: Path) -> str:
 
 
 def _results() -> Iterator[tuple[str, str | bytes]]:
-    parts = [
-        "# Results\n",
-        "Each record of `results/`, with its figure: what was measured, where, and the command that does it again.\n",
-    ]
-    for path in sorted((ROOT / "results").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(f"## {path.stem}\n\n```bash\n{record.get('command', '')}\n```\n")
-        environment = record.get("environment", {})
-        versions = environment.get("versions", {})
-        shown = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
-        parts.append(f"On {environment.get('device')}, {shown}.\n")
-        picture = path.with_suffix(".png")
-        if picture.is_file():
-            parts.append(f"![{path.stem}](results/{picture.name})\n")
+    """Yield results/README.md with each record's picture and its first rows, and the pictures."""
+    opening, *sections = re.split(r"^## ", render.page("results/README.md"), flags=re.MULTILINE)
+    parts = [opening.replace("../README.md", "index.md")]
+    for section in sections:
+        name = section.partition("\n")[0]
+        record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        # A record's rows are of several machines; its own environment is the newest one's.
+        made = [row.get("environment") or record["environment"] for row in record["rows"]]
+        parts.append(f"## {_without_links(section)}")
+        parts.append("\n".join(f"- {line}" for line in dict.fromkeys(map(_machine, made))) + "\n")
+        if (ROOT / "results" / f"{name}.png").is_file():
+            parts.append(f"![{name}](results/{name}.png)\n")
         parts.append(f'<div class="records" markdown>\n\n{_table(record["rows"])}\n</div>\n')
     yield "results.md", "\n".join(parts)
     for picture in sorted((ROOT / "results").glob("*.png")):
         yield f"results/{picture.name}", picture.read_bytes()
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    versions = environment.get("versions", {})
+    shown = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
+    return ", ".join([str(environment.get("device")), *shown])
+
+
+def _without_links(text: str) -> str:
+    """Return the text without links to files that the site does not have."""
+    return re.sub(r"\[([^\]]+)\]\([^)/:]+\.(?:json|png)\)", r"`\1`", text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
