@@ -186,6 +186,11 @@ class Record:
             if not any(not _git(self.path, "merge-base", "--is-ancestor", commit, tip).returncode for tip in TIPS):
                 if shallow:
                     self.report.not_checked.append(f"{self.path}: commit {commit[:12]} (the clone is shallow)")
+                elif _git(self.path, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
+                    # Rebased or squashed before it came to main: nobody can look the code up, and nothing is refuted.
+                    for one in self.rows:
+                        if one.get("commit", (one.get("environment") or {}).get("commit")) == commit:
+                            self.lacks(one, "rows of a commit that this clone does not have")
                 else:
                     self.say(f"{self.where(row)}: commit {commit} is none of the main branch")
 

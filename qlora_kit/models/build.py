@@ -117,9 +117,11 @@ def neighbours(experiment: Experiment, model: nn.Module, device: torch.device, p
     inner: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     name, config, precision = experiment.model.name, inner.config, precision_of(experiment, device)
     text = config.get_text_config()
-    # If all weights are in 32 bits, compute in 32 bits: there rounding hides nothing.
-    whole = all(weight.dtype == torch.float32 for weight in inner.parameters() if weight.is_floating_point())
-    computed = "fp32" if whole else precision
+    # If all weights are in 32 bits, compute in 32 bits: there rounding hides nothing. Quantized layers have no such
+    # weights, and may compute in 16 bits while all others are in 32 (`training.prepare_for_kbit_training`).
+    dtypes = {weight.dtype for weight in inner.parameters() if weight.is_floating_point()}
+    dtypes |= {dtype for module in inner.modules() if (dtype := getattr(module, "compute_dtype", None)) is not None}
+    computed = "fp32" if dtypes == {torch.float32} else precision
     scheme = experiment.quantization.scheme
     rounded = backend_of(scheme).rounds_its_input(scheme)
     special = {value for key, value in text.to_dict().items() if key.endswith("_token_id") and isinstance(value, int)}

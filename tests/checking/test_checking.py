@@ -622,10 +622,14 @@ def test_rows_without_a_commit_or_of_another_one(tmp_path: Path):
     git("commit", "-q", "-m", "not of main")
     aside = git("rev-parse", "HEAD")
     git("checkout", "-q", "-f", "main")
-    for commit in (SHA, aside):
-        strange = {**known, "rows": [with_commit(rows[0], commit), *known["rows"][1:]]}
-        (wrong,) = check(tmp_path, "soak", strange).wrong
-        assert f"commit {commit} is none of the main branch" in wrong
+    strange = {**known, "rows": [with_commit(rows[0], aside), *known["rows"][1:]]}
+    (wrong,) = check(tmp_path, "soak", strange).wrong
+    assert f"commit {aside} is none of the main branch" in wrong
+    # A commit that git does not have at all: the code cannot be looked up, which is not shown rather than wrong.
+    lost = {**known, "rows": [with_commit(row, SHA) for row in rows[:2]] + known["rows"][2:]}
+    report = check(tmp_path, "soak", lost)
+    assert report.wrong == []
+    assert "2 rows of a commit that this clone does not have" in report.not_shown[0]
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,21 @@ def test_what_cannot_be_run_in_16_bits_is_refused_in_a_line(base, monkeypatch):
     build(experiment.override({"training.precision": "fp32"}))
 
 
+def test_layers_that_compute_in_16_bits_are_allowed_its_rounding(base, minilm, monkeypatch):
+    # As `prepare_for_kbit_training` leaves a base: all that is no 4-bit layer in fp32, and those compute in 16 bits.
+    monkeypatch.setattr("qlora_kit.system.devices.cpu_has_bf16", lambda: True)
+    experiment = base("BertConfig", overrides={"model.fused": False, "quantization.scheme": "nf4"}, **SMALL)
+    model, _ = build(experiment)
+    assert model.neighbours["precision"] == "fp32"
+    layers = [module for module in model.modules() if getattr(module, "compute_dtype", None) is not None]
+    assert layers
+    for layer in layers:
+        layer.compute_dtype = torch.bfloat16
+    sixteen = experiment.override({"training.precision": "bf16"})
+    found = sys.modules["qlora_kit.models.build"].neighbours(sixteen, model, CPU, minilm.pad_token_id)
+    assert found["precision"] == "bf16" and found["tolerance"] == probe.TOLERANCE["bf16"]
+
+
 def test_trained_weights_of_another_shape_are_refused(tiny_experiment, tmp_path):
     experiment = tiny_experiment("bert")
     models.save_adapter(models.build(experiment, LABELS, device=CPU), tmp_path / "adapter")
