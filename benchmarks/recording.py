@@ -2,7 +2,7 @@ r"""Write the records of results/: say which code measures, and merge rows that 
 
     python benchmarks/recording.py                        # what a machine without git has to be told, to be exported
     python benchmarks/recording.py merge FILE...          # rows of records that were made elsewhere, into results/
-    python benchmarks/recording.py merge --instead-of "NVIDIA H100 80GB HBM3" FILE...    # and that device's rows go
+    python benchmarks/recording.py merge --instead-of "NVIDIA H100 80GB HBM3" FILE...    # for that device's
 
 common/recording.py has what the benchmarks call for it.
 """
@@ -25,7 +25,7 @@ def main() -> int:
     merging = commands.add_parser("merge", help="put rows of records that were made elsewhere into results/")
     merging.add_argument("files", nargs="+", type=Path, metavar="FILE")
     merging.add_argument("--into", type=Path, default=ROOT / "results", help="folder of the records (results)")
-    merging.add_argument("--instead-of", metavar="DEVICE", help="drop the rows of this device from the same records")
+    merging.add_argument("--instead-of", metavar="DEVICE", help="drop this device's rows that the new ones stand for")
     merging.add_argument("--from-changes", action="store_true", help="take rows of a changed tree, too")
     options = parser.parse_args()
     if options.action == "merge":

@@ -54,7 +54,7 @@ SHA = re.compile(r"[0-9a-f]{40,64}")
 CHANGES = "+changes"
 # Options that do not change what is measured, only places, time limits and what is done later. They are left out of the
 # recorded command.
-PLACES = ("--out", "--runs", "--work", "--seconds")
+PLACES = ("--out", "--runs", "--work", "--seconds", "--tuning")
 FLAGS = ("--from-changes", "--again", "--rows-only")
 # Other lists of a record, with the keys that identify their lines. A merge keeps old lines that are not replaced.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -394,18 +394,43 @@ def products(keys: Iterable[Mapping[str, Any]]) -> list[dict[str, list[Any]]]:
 # --- rows of another machine --------------------------------------------------------------------------------------
 
 
-def without(record: dict[str, Any], device: str) -> dict[str, Any]:
-    """Return a record without the rows of a device and everything that refers to them."""
+def without(record: dict[str, Any], device: str, new: Mapping[str, Any], key: Sequence[str]) -> dict[str, Any]:
+    """Return a record without a device's rows that those of another one stand for, and without what refers to them.
+
+    Args:
+        record: The older record.
+        device: The older device.
+        new: The record with the rows that stand for them: equal in all names of `key` but the device.
+        key: The names that identify a row.
+    """
+
+    def place(row: Mapping[str, Any], names: Iterable[str]) -> str:
+        return repr([row.get(name) for name in names if name != "device"])
+
+    again = {place(row, key) for row in new["rows"]}
     commands = []
     for entry in record["commands"]:
-        makes = [made for made in expand(entry["makes"]) if made.get("device") != device]
+        makes = [
+            made for made in expand(entry["makes"]) if made.get("device") != device or place(made, key) not in again
+        ]
         if makes:
             commands.append({**entry, "makes": products(makes)})
-    lists = {
-        name: [item for item in items if not (isinstance(item, dict) and item.get("device") == device)]
-        for name, items in record.items()
-        if isinstance(items, list) and name != "commands"
-    }
+    lists = {}
+    for name, items in record.items():
+        if not isinstance(items, list) or name == "commands":
+            continue
+        names = key if name == "rows" else SECTIONS.get(name)
+        stands = again if name == "rows" else {place(line, names or ()) for line in new.get(name, [])}
+        lists[name] = [
+            item
+            for item in items
+            if not (
+                isinstance(item, dict)
+                and item.get("device") == device
+                # What has no names of its own is computed again from the rows.
+                and (names is None or place(item, names) in stands)
+            )
+        ]
     return {**record, **lists, "commands": commands}
 
 
@@ -416,7 +441,7 @@ def merge(files: Sequence[Path], into: Path, from_changes: bool, instead_of: str
         files: The records.
         into: The folder.
         from_changes: Also take rows of a changed tree or another history.
-        instead_of: A device that is replaced: all its older rows are dropped from each of the records.
+        instead_of: A device that is replaced: its rows that a new one stands for are dropped (see `without`).
 
     Raises:
         KitError: For a file that is not a record of today's form, or rows whose commit is not in this history.
@@ -438,7 +463,7 @@ def merge(files: Sequence[Path], into: Path, from_changes: bool, instead_of: str
         target = into / file.name
         before = with_commands(read_json(target), key) if target.is_file() else None
         if before is not None and instead_of is not None:
-            before = without(before, instead_of)
+            before = without(before, instead_of, new, key)
         result = merged(before, new, key)
         derived = getattr(_benchmark_of(file.stem), "derived", None)
         # Values that a benchmark computes from all rows are computed again.

@@ -487,7 +487,9 @@ def test_each_deciding_row_of_the_repository_can_turn_its_verdict(reference: Rec
                        and not row.update(behind), "differences") == (UNDECIDED, turned)  # fmt: skip
     assert verdict("12", "accuracy", lambda row: not row.update(loss=4.2)) == (FAILS, HOLDS)
     restless = {"grad_norm": [1.0, 9.0] * 10, "loss": [4.0] + [1.0] * 19, "step": list(range(20))}
-    assert verdict("21", "accuracy", lambda row: row["method"] == "qlora"
+    assert verdict("21", "accuracy", lambda row: row["method"] == "lora"
+                   and not row.update(curve=restless)) == (FAILS, HOLDS)  # fmt: skip
+    assert verdict("8", "schemes", lambda row: row["contender"] == "nf4"
                    and not row.update(curve=restless)) == (UNDECIDED, FAILS)  # fmt: skip
 
 
@@ -502,7 +504,7 @@ def test_the_repositorys_verdicts_are_decided_by_the_explained_setting(reference
     assert {"kernels" in figure.name for figure in found["4"].figures} == {True, False}
     assert "all in" not in found["5"].reason and "both in bf16" in found["5"].reason
     assert "int4 was ahead of NF4 in 3 of 3 seeds" in found["6b"].reason and "tell apart 0.00" in found["6b"].reason
-    assert found["8"].verdict == UNMEASURED and "schemes.py" in found["8"].command and found["8"].beside
+    assert found["8"].verdict == UNDECIDED and "3 seeds" in found["8"].reason and found["8"].beside
     assert "llama-7b" in found["9"].reason and "15 GiB" in found["9"].reason
 
 
