@@ -4,14 +4,11 @@ The palette is Okabe and Ito's, which colour-blind readers can tell apart. Text 
 Figures don't use pyplot, so none is left open, and a notebook shows a figure once, when it is the last line of a cell.
 """
 
-from .cost import CONTENDER_NAMES as CONTENDER_NAMES
 from .cost import PART_COLOURS as PART_COLOURS
 from .cost import anatomy as anatomy
 from .cost import memory_against_time as memory_against_time
 from .cost import memory_crossing as memory_crossing
 from .cost import memory_parts as memory_parts
-from .cost import races as races
-from .cost import speed as speed
 from .data import class_sizes as class_sizes
 from .data import padding as padding
 from .data import token_lengths as token_lengths
@@ -32,11 +29,15 @@ from .scores import accuracy as accuracy
 from .scores import f1_by_label as f1_by_label
 from .scores import intervals as intervals
 from .scores import metric_intervals as metric_intervals
+from .speed import CONTENDER_NAMES as CONTENDER_NAMES
+from .speed import races as races
+from .speed import speed as speed
 from .style import BLACK as BLACK
 from .style import BLUE as BLUE
 from .style import DPI as DPI
 from .style import GREEN as GREEN
 from .style import GREY as GREY
+from .style import METHOD_COLOURS as METHOD_COLOURS
 from .style import METHOD_NAMES as METHOD_NAMES
 from .style import ORANGE as ORANGE
 from .style import PALE as PALE
