@@ -23,6 +23,7 @@ from .style import (
     bytes_unit,
     head,
     in_lines,
+    labels_of,
     new,
     styled,
 )
@@ -66,7 +67,7 @@ def anatomy(parts: Sequence[Part]) -> KitFigure:
         axes.text(max(full, size) + widest * 0.015, place, f"{size:,.1f} MiB, {bits} bits", va="center", fontsize=11)
     axes.set_yticks(range(len(shown)), [part.name for part in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.42)
+    axes.set_xlim(0, widest * 1.48)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("MiB")
     axes.set_title("What the model's weights take")
@@ -97,7 +98,8 @@ def memory_parts(rows: Sequence[Mapping[str, Any]], limit: float | None = None, 
     """Draw memory by part: a stacked bar of the plan for each row, and a mark for the measured value.
 
     Args:
-        rows: Each with `label`, `parts` (planned bytes by name) and, if it was measured, `measured` (bytes).
+        rows: Each with `label`, `parts` (planned bytes by name) and, if it was measured, `measured` (bytes). If they
+            have a `device` and it is not the same for all, each is named with its own.
         limit: Bytes that a device has; a dashed line, named in the legend, if it is near the bars.
         title: The figure's title.
 
@@ -137,7 +139,7 @@ def memory_parts(rows: Sequence[Mapping[str, Any]], limit: float | None = None, 
             axes.plot([measured / unit] * 2, [place - 0.4, place + 0.4], color=BLACK, linewidth=2.4, label=label)
             text = f"{measured / unit:,.{digits}f} ({total / measured - 1:+z.1%})"
         end = max(total, measured or 0) / unit
-        # A number that would stand on the limit's line goes to its other side; a letter takes some 0.015 of the axis.
+        # A number that would stand on the limit's line goes to its other side, by what its letters take.
         if limit is not None and near and end <= limit / unit <= end + (0.03 + 0.015 * len(text)) * reach:
             end = limit / unit
         axes.annotate(
@@ -148,7 +150,7 @@ def memory_parts(rows: Sequence[Mapping[str, Any]], limit: float | None = None, 
             va="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
-    axes.set_yticks(range(len(rows)), [in_lines(str(row["label"]), 26) for row in rows])
+    axes.set_yticks(range(len(rows)), [in_lines(label, 26) for label in labels_of(rows)])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, reach)
     axes.xaxis.set_major_locator(MaxNLocator(5, prune="upper"))
@@ -164,7 +166,8 @@ def memory_against_time(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     """Draw memory against the time of a step, and mark the methods that no other beats in both.
 
     Args:
-        rows: Each with `label`, `measured` (bytes) and `step_seconds`; those without are left out.
+        rows: Each with `label`, `measured` (bytes) and `step_seconds`; those without are left out. `device` is as for
+            `memory_parts`.
 
     Returns:
         A named point for each row; the line joins those that no other row beats in both memory and time.
@@ -199,7 +202,7 @@ def memory_against_time(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
     # Names have room on both sides of their points.
     axes.set_xlim(min(across) - 0.3 * room, max(across) + 0.3 * room)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1)
-    beside_points(axes, points, [in_lines(str(row["label"]), 34, 1) for row in shown], colours)
+    beside_points(axes, points, [in_lines(label, 34, 1) for label in labels_of(shown)], colours)
     return figure
 
 

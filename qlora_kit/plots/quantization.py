@@ -208,13 +208,14 @@ def error_by_block_size(rows: Sequence[Mapping[str, Any]], limit_db: float | Non
         colour = SCHEME_COLOURS.get(scheme, BLUE)
         axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5)
         axes.text(0.88 * points[0][0], height, scheme, ha="right", va="center", color=ink(colour), fontweight="bold")
+    sizes = sorted({row["block_size"] for row in rows})
     if limit_db is not None:
-        axes.axhline(limit_db, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
+        # From the first size on: left of it stand the schemes' names.
+        axes.plot([sizes[0], 1.2 * sizes[-1]], [limit_db] * 2, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
             "best 16 fixed levels", (1, limit_db), (0, 4), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", fontsize=11,
         )  # fmt: skip
-    sizes = sorted({row["block_size"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
@@ -329,7 +330,7 @@ def perplexity_ratios(rows: Sequence[Mapping[str, Any]], title: str = "") -> Kit
         Points with 95% intervals, the best at the top.
     """
     shown = sorted(rows, key=lambda row: row["value"])
-    figure, axes = new(height=1.5 + 0.44 * len(shown))
+    figure, axes = new(height=1.7 + 0.44 * len(shown))
     for place, row in enumerate(shown):
         colour = SCHEME_COLOURS.get(row["scheme"], BLUE)
         axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
@@ -342,8 +343,8 @@ def perplexity_ratios(rows: Sequence[Mapping[str, Any]], title: str = "") -> Kit
     axes.set_yticks(range(len(shown)), [in_lines(row["label"], 24) for row in shown])
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("perplexity, times the unquantized model's")
-    head(figure, f"{title}, 95% intervals" if title else "")
+    axes.set_xlabel("perplexity, times the unquantized model's\n(95% intervals)")
+    head(figure, title)
     return figure
 
 

@@ -84,7 +84,12 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[_Group]:
     """Return what is drawn together: quantized first, because it is the figure's main subject."""
     found: dict[tuple[str, str, str, str], _Group] = {}
     panels: list[tuple[str, list[Mapping[str, Any]]]] = []
-    for raced in races([row for row in rows if row["contender"] in CONTENDER_NAMES]).values():
+    known = [row for row in rows if row["contender"] in CONTENDER_NAMES]
+    apart: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, raced in races(known).items():
+        for row in raced:
+            apart.setdefault((name, row["device"]), []).append(row)
+    for raced in apart.values():
         methods = Counter(row["method"] for row in raced)
         crowd = [method for method, count in methods.items() if count > 1] or list(methods)[:1]
         # A contender without a rival of its own method stays beside those that it raced.

@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -178,6 +178,16 @@ def colour_of_method(name: str) -> str:
     """Return the colour of the method that a name has as a word, as `minilm qlora, H100` has; green if it has none."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((colour for method, colour in METHOD_COLOURS.items() if method in words), GREEN)
+
+
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each row's `label`, with its device where rows of several devices stand side by side."""
+    devices = [short_device(str(row.get("device") or "")) for row in rows]
+    several = len(set(devices)) > 1
+    return [
+        str(row["label"]) + (f" ({device or 'device unknown'})" if several else "")
+        for row, device in zip(rows, devices, strict=True)
+    ]
 
 
 def smooth(values: Sequence[float] | np.ndarray, span: int | None = None) -> np.ndarray:

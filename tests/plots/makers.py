@@ -433,7 +433,8 @@ def by_block() -> list[dict[str, Any]]:
 
 
 def by_layer(model: str) -> list[dict[str, Any]]:
-    return [row for row in record("quantization")["rows"] if row["subject"] == "layer" and row["model"] == model]
+    rows = [row for row in record("quantization")["rows"] if row["subject"] == "layer" and row["model"] == model]
+    return list({(row["layer"], row["scheme"]): row for row in rows}.values())
 
 
 def outliers() -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 from figures import assert_drawn, assert_readable_on_a_phone, assert_whole, faults_of_texts, texts_of
-from makers import LONG, MAKERS, bad_cut, bad_overlap, half_h200, measured, record, runs_of, score
+from makers import LONG, MAKERS, bad_cut, bad_overlap, half_h200, measured, race, record, runs_of, score
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -127,6 +127,21 @@ def test_speed_keeps_devices_apart_and_labels_each_limit():
     assert any(text.startswith("H100") for text in shown) and any(text.startswith("H200") for text in shown)
     limits = [limit for limit in record("speed")["limit"] if limit["model"] == "minilm"]
     assert all(f"limit {limit['samples_per_second']:,.0f}" in shown for limit in limits)
+
+
+def test_a_race_with_rows_of_two_devices_is_drawn_as_two():
+    rows = [{**row, "race": "one name", "device": "NVIDIA H200"} for row in race()]
+    rows[3] = {**rows[3], "device": "NVIDIA H100"}
+    shown = texts(plots.speed(rows))
+    assert shown.count("H200") == 2 and "H100" not in shown  # alone in its race: it has no rival
+
+
+def test_rows_of_several_devices_are_named_with_theirs():
+    rows = measured("dialogpt-medium")[:2]
+    for draw in (plots.memory_parts, plots.memory_against_time):
+        assert not any("H100" in text for text in texts(draw(rows)))
+        shown = "\n".join(texts(draw([rows[0], {**rows[1], "device": "NVIDIA H200"}])))
+        assert "(H100)" in shown and "(H200)" in shown
 
 
 def test_a_number_does_not_stand_on_the_line_of_the_limit():
