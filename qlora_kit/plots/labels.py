@@ -50,7 +50,7 @@ def beside_points(
         for place, point, text, colour in zip(places, points, texts, each, strict=True):
             label = axes.annotate(
                 text, point, (away, 0), textcoords="offset points", color=ink(colour), fontsize=size, va="center",
-                zorder=5,
+                zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
             )  # fmt: skip
             label.set_in_layout(False)  # the layout is settled: the places were found in it
             width, height = label.get_window_extent(renderer).size

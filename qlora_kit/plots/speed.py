@@ -97,7 +97,6 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[_Group]:
         for method in crowd:
             mine = [row for row in raced if row["method"] == method]
             panels.append((method, mine + (alone if method == crowd[0] else [])))
-    panels = [panel for panel in panels if len(panel[1]) > 1] or panels
     for method, raced in panels:
         precision = Counter(row["precision"] for row in raced).most_common(1)[0][0]
         key = (raced[0]["device"], raced[0]["model"], method, precision)

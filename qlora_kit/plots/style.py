@@ -268,7 +268,7 @@ def in_lines(text: str, width: int, most: int = 2) -> str:
 def tail(text: str, most: int = 48) -> str:
     """Return the end of a text, where the names of layers differ, cut before its last `most` characters."""
     text = " ".join(str(text).split())
-    return text if len(text) <= most else "…" + text[1 - most :]
+    return text if len(text) <= most else "…" + text[1 - most :].lstrip(".")
 
 
 def head(figure: KitFigure, title: str) -> None:
