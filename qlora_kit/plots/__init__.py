@@ -25,13 +25,13 @@ from .quantization import outlier_in_block as outlier_in_block
 from .quantization import perplexity_ratios as perplexity_ratios
 from .quantization import schemes as schemes
 from .quantization import weight_histogram as weight_histogram
+from .racing import CONTENDER_NAMES as CONTENDER_NAMES
+from .racing import races as races
+from .racing import speed as speed
 from .scores import accuracy as accuracy
 from .scores import f1_by_label as f1_by_label
 from .scores import intervals as intervals
 from .scores import metric_intervals as metric_intervals
-from .speed import CONTENDER_NAMES as CONTENDER_NAMES
-from .speed import races as races
-from .speed import speed as speed
 from .style import BLACK as BLACK
 from .style import BLUE as BLUE
 from .style import DPI as DPI
