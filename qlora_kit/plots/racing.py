@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
-from .style import BLACK, BLUE, GREY, METHOD_NAMES, ORANGE, KitFigure, ink, new, short_device, styled
+from .style import BLACK, BLUE, GREY, METHOD_NAMES, ORANGE, KitFigure, head, ink, new, short_device, styled
 
 CONTENDER_NAMES = {
     "recipe": "explained recipe",
@@ -77,7 +77,7 @@ class _Group:
         if short_device(self.device) == "CPU":
             device = self.device
         first = f"{self.model}, {METHOD_NAMES.get(self.method, self.method)}, {self.precision}, batch {sizes}"
-        return [first, *textwrap.wrap(device, 72)]
+        return [first, *textwrap.wrap(device, 82)]
 
 
 def _groups(rows: Sequence[Mapping[str, Any]]) -> list[_Group]:
@@ -122,7 +122,8 @@ def speed(rows: Sequence[Mapping[str, Any]], limits: Sequence[Mapping[str, Any]]
     timed = any(row.get("device_seconds") for group in groups for row in group.every())
     batches = sorted({row["batch"] for group in groups for row in group.every()})
     tall = sum(_height(group, limits) for group in groups)
-    figure, axes = new(height=tall + 1.7 + 0.24 * (timed + bool(limits)))
+    figure, axes = new(height=tall + 2.0 + 0.24 * (timed + bool(limits)))
+    head(figure, "Training speed; further right is faster")
     top = 0.0
     labels: list[tuple[float, str]] = []
     for group in groups:
