@@ -39,7 +39,8 @@ def digest(figure: Any) -> str:
     def plain(values: Any) -> Any:
         return [plain(value) for value in values] if hasattr(values, "__len__") else f"{float(values):.6g}"
 
-    shown: list[Any] = []
+    shown: list[Any] = [figure.get_suptitle(), figure.get_supxlabel()]
+    shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     for axes in figure.axes:
         shown += [axes.get_title(loc="left"), axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
         shown += [text.get_text() for text in axes.texts]

@@ -4,14 +4,11 @@ The palette is Okabe and Ito's, which colour-blind readers can tell apart. Text 
 Figures don't use pyplot, so none is left open, and a notebook shows a figure once, when it is the last line of a cell.
 """
 
-from .cost import CONTENDER_NAMES as CONTENDER_NAMES
 from .cost import PART_COLOURS as PART_COLOURS
 from .cost import anatomy as anatomy
 from .cost import memory_against_time as memory_against_time
 from .cost import memory_crossing as memory_crossing
 from .cost import memory_parts as memory_parts
-from .cost import races as races
-from .cost import speed as speed
 from .data import class_sizes as class_sizes
 from .data import padding as padding
 from .data import token_lengths as token_lengths
@@ -28,6 +25,9 @@ from .quantization import outlier_in_block as outlier_in_block
 from .quantization import perplexity_ratios as perplexity_ratios
 from .quantization import schemes as schemes
 from .quantization import weight_histogram as weight_histogram
+from .racing import CONTENDER_NAMES as CONTENDER_NAMES
+from .racing import races as races
+from .racing import speed as speed
 from .scores import accuracy as accuracy
 from .scores import f1_by_label as f1_by_label
 from .scores import intervals as intervals
@@ -37,6 +37,7 @@ from .style import BLUE as BLUE
 from .style import DPI as DPI
 from .style import GREEN as GREEN
 from .style import GREY as GREY
+from .style import METHOD_COLOURS as METHOD_COLOURS
 from .style import METHOD_NAMES as METHOD_NAMES
 from .style import ORANGE as ORANGE
 from .style import PALE as PALE

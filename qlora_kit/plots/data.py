@@ -32,16 +32,21 @@ def class_sizes(report: Mapping[str, Any]) -> KitFigure:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("training rows")
     else:
-        figure, axes = new(height=5.0)
+        figure, axes = new(height=5.4)
         axes.bar(range(len(sizes)), counts, color=BLUE, width=0.85)
         axes.set_xlim(-1, len(sizes))
-        axes.set_ylim(0, counts.max() * 1.6)
-        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_ylim(0, counts.max() * 1.9)  # room for the names
+        ticks = MaxNLocator(4, integer=True).tick_values(0, counts.max())
+        axes.set_yticks([tick for tick in ticks if 0 <= tick <= max(1, 1.1 * counts.max())])
         axes.set_xticks([])
         axes.set_xlabel(f"the {len(sizes)} labels, largest first")
         axes.set_ylabel("training rows")
         axes.axhline(counts.mean(), color=ORANGE, linewidth=1.5, linestyle="--")
-        axes.text(-0.5, counts.mean(), f" mean {counts.mean():.0f}", color="white", va="bottom", fontsize=11)
+        # On the right, where the bars are below their mean.
+        axes.annotate(
+            f"mean {counts.mean():.0f}", (1, counts.mean()), (-4, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="bottom", fontsize=11,
+        )  # fmt: skip
         lines = ["largest", *(f"{shortened(name)}  {count}" for count, name in sizes[:3])]
         lines += ["", "smallest", *(f"{shortened(name)}  {count}" for count, name in sizes[-3:])]
         axes.text(0.99, 0.99, "\n".join(lines), transform=axes.transAxes, ha="right", va="top", fontsize=10.5)

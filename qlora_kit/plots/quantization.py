@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .style import (
@@ -20,10 +22,14 @@ from .style import (
     SKY,
     KitFigure,
     dots_of_seeds,
+    head,
+    in_lines,
+    ink,
     new,
-    shortened,
+    short_device,
     spread_out,
     styled,
+    tail,
 )
 
 SCHEME_COLOURS = {
@@ -80,24 +86,26 @@ def weight_histogram(weights: Mapping[str, Sequence[float] | np.ndarray]) -> Kit
         weights: Each layer's flat weights, by the layer's name; one panel each.
 
     Returns:
-        Densities over the weight in standard deviations.
+        Densities over the weight in standard deviations; each panel says what one is in the layer's own numbers.
     """
-    figure, grid = new(height=0.7 + 1.9 * len(weights), rows=len(weights), sharex=True, squeeze=False)
+    figure, grid = new(height=0.9 + 1.9 * len(weights), rows=len(weights), sharex=True, squeeze=False)
     x = np.linspace(-4.5, 4.5, 300)
     for axes, (name, values) in zip(grid[:, 0], weights.items(), strict=True):
         flat = np.asarray(values, dtype=float).ravel()
         scaled = (flat - flat.mean()) / flat.std()
-        axes.hist(scaled, bins=np.linspace(-4.5, 4.5, 121), density=True, color=SKY)
+        heights, *_ = axes.hist(scaled, bins=np.linspace(-4.5, 4.5, 121), density=True, color=SKY)
         axes.plot(x, _density(x), color=BLACK, linewidth=1.6)
-        axes.set_title(shortened(name, 56), fontsize=12)
+        axes.set_title(tail(name, 54), fontsize=12)
         reach = np.abs(scaled).max()
         axes.annotate(
-            f"{len(flat):,} weights,\nthe largest {reach:.0f} away", (1, 0.95), xycoords="axes fraction",
-            ha="right", va="top", fontsize=11,
+            f"{len(flat):,} weights\none standard deviation: {flat.std():.3g}\nlargest: {reach:.1f} of them away",
+            (0.995, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=10.5,
         )  # fmt: skip
+        axes.set_ylim(0, 1.3 * max(heights.max(), 0.4))
         axes.set_yticks([])
+        axes.set_ylabel("share")
         axes.grid(visible=False)
-    grid[-1, 0].set_xlabel("weight, in standard deviations; the line is the normal distribution")
+    grid[-1, 0].set_xlabel("weight, in standard deviations from its layer's mean\n(black: the normal distribution)")
     return figure
 
 
@@ -112,25 +120,37 @@ def block_before_after(
         restored: The block after quantization by each scheme, [n], by name.
 
     Returns:
-        Dots on the levels; a line from each weight to its level is the error.
+        For each scheme, above, the weights as a line and their levels as dots; below, the error of each weight, level
+        minus weight, on one scale for all schemes.
     """
     before = np.asarray(weights, dtype=float)
     order = np.argsort(before)
-    figure, grid = new(height=0.6 + 1.75 * len(restored), rows=len(restored), sharex=True, squeeze=False)
+    errors = {name: (np.asarray(after, dtype=float) - before)[order] for name, after in restored.items()}
+    figure, grid = new(
+        height=0.9 + 2.45 * len(restored), rows=2 * len(restored), sharex=True, squeeze=False,
+        height_ratios=[1.5, 0.8] * len(restored),
+    )  # fmt: skip
     place = np.arange(len(before))
-    for axes, (name, after) in zip(grid[:, 0], restored.items(), strict=True):
-        values = np.asarray(after, dtype=float)[order]
+    most = 1.1 * max(np.abs(error).max() for error in errors.values()) or 1.0
+    for axes, under, (name, error) in zip(grid[::2, 0], grid[1::2, 0], errors.items(), strict=True):
+        values = before[order] + error
         colour = SCHEME_COLOURS.get(name, BLUE)
         axes.hlines(np.unique(values), -1, len(before), color=PALE, linewidth=1.2, zorder=0)
-        axes.plot(place, before[order], "-", color=GREY, linewidth=1.2)
-        axes.vlines(place, before[order], values, color=RED, linewidth=2.2)
-        axes.plot(place, values, "o", color=colour, markersize=3.5)
-        error = np.sqrt(np.mean((before[order] - values) ** 2))
-        axes.set_title(f"{name}: {len(np.unique(values))} levels in use, typical error {error:.3g}", fontsize=12)
-        axes.grid(visible=False)
+        axes.plot(place, before[order], "-", color=GREY, linewidth=1.4, label="weights")
+        axes.plot(place, values, "o", color=colour, markersize=3.5, label=name)
+        typical = np.sqrt(np.mean(error**2))
+        axes.set_title(f"{name}: {len(np.unique(values))} levels in use, typical error {typical:.3g}", fontsize=12)
         axes.set_ylabel("weight")
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        under.bar(place, error, width=0.85, color=RED)
+        under.axhline(0, color=GREY, linewidth=0.8)
+        under.set_ylim(-most, most)
+        under.yaxis.set_major_locator(MaxNLocator(3))
+        under.set_ylabel("error", color=ink(RED))
+        for one in (axes, under):
+            one.grid(visible=False)
     grid[-1, 0].set_xlim(-1, len(before))
-    grid[-1, 0].set_xlabel("weights, smallest to largest")
+    grid[-1, 0].set_xlabel("weights, smallest to largest; grey: before, dots: after")
     return figure
 
 
@@ -157,7 +177,7 @@ def error_by_layer(rows: Sequence[Mapping[str, Any]], title: str = "") -> KitFig
     for (scheme, values), middle, height in zip(by_scheme.items(), middles, heights, strict=True):
         colour = SCHEME_COLOURS.get(scheme, BLUE)
         axes.plot(range(1, len(values) + 1), values, ".", color=colour, markersize=6)
-        axes.text(1.03 * last, height, f"{scheme} {middle:.1f}", va="center", color=colour, fontweight="bold")
+        axes.text(1.03 * last, height, f"{scheme} {middle:.1f}", va="center", color=ink(colour), fontweight="bold")
     axes.set_xlim(0, last * 1.3)
     axes.set_xticks([tick for tick in MaxNLocator(6, integer=True).tick_values(0, last) if 0 < tick <= last])
     axes.set_xlabel("linear layer, first to last")
@@ -187,14 +207,15 @@ def error_by_block_size(rows: Sequence[Mapping[str, Any]], limit_db: float | Non
     for (scheme, points), height in zip(lines.items(), heights, strict=True):
         colour = SCHEME_COLOURS.get(scheme, BLUE)
         axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=5)
-        axes.text(0.88 * points[0][0], height, scheme, ha="right", va="center", color=colour, fontweight="bold")
+        axes.text(0.88 * points[0][0], height, scheme, ha="right", va="center", color=ink(colour), fontweight="bold")
+    sizes = sorted({row["block_size"] for row in rows})
     if limit_db is not None:
-        axes.axhline(limit_db, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
+        # From the first size on: left of it stand the schemes' names.
+        axes.plot([sizes[0], 1.2 * sizes[-1]], [limit_db] * 2, color=BLACK, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
             "best 16 fixed levels", (1, limit_db), (0, 4), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="right", fontsize=11,
         )  # fmt: skip
-    sizes = sorted({row["block_size"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
@@ -216,9 +237,9 @@ def bits_against_error(
 
     Returns:
         A point for each scheme: all of them above, those of about four bits below. One line is Shannon's limit for
-        normal values (6.02 dB a bit), another the best fixed levels.
+        normal values (6.02 dB a bit), another the best fixed levels. A legend says what filled and hollow mean.
     """
-    figure, panels = new(height=7.4, rows=2, height_ratios=[1, 1.25])
+    figure, panels = new(height=8.0, rows=2, height_ratios=[1, 1.25])
     near = [point for point in points if point["bits"] < 5.2]
     ranges = (
         ((2.8, 8.6), (12, 1.08 * max(point["snr_db"] for point in points))),
@@ -246,15 +267,24 @@ def bits_against_error(
     for point, height in zip(named, heights, strict=True):
         panels[1].annotate(
             f"{point['label']}  {point['snr_db']:.1f}", (point["bits"], height), (12, 0), textcoords="offset points",
-            va="center", color=SCHEME_COLOURS.get(point["scheme"], BLUE), fontweight="bold",
+            va="center", color=ink(SCHEME_COLOURS.get(point["scheme"], BLUE)), fontweight="bold",
         )  # fmt: skip
     for point in (point for point in outermost.values() if point["bits"] >= 5.2):
         panels[0].annotate(
             f"{point['label']}  {point['snr_db']:.1f}", (point["bits"], point["snr_db"]), (0, -14),
             textcoords="offset points", ha="center", va="center",
-            color=SCHEME_COLOURS.get(point["scheme"], BLUE), fontweight="bold",
+            color=ink(SCHEME_COLOURS.get(point["scheme"], BLUE)), fontweight="bold",
         )  # fmt: skip
     panels[1].set_xlabel("bits stored for each weight")
+    if any(point.get("hollow") for point in points):
+        look: dict[str, Any] = {"marker": "o", "linestyle": "", "color": BLACK, "markersize": 8, "markeredgewidth": 2}
+        figure.legend(
+            handles=[
+                Line2D([], [], label="filled: scales quantized as well", **look),
+                Line2D([], [], label="hollow: scales in fp32", **look, markerfacecolor="white"),
+            ],
+            loc="outside lower center", ncols=2,
+        )  # fmt: skip
     return figure
 
 
@@ -300,7 +330,7 @@ def perplexity_ratios(rows: Sequence[Mapping[str, Any]], title: str = "") -> Kit
         Points with 95% intervals, the best at the top.
     """
     shown = sorted(rows, key=lambda row: row["value"])
-    figure, axes = new(height=1.2 + 0.4 * len(shown))
+    figure, axes = new(height=1.7 + 0.44 * len(shown))
     for place, row in enumerate(shown):
         colour = SCHEME_COLOURS.get(row["scheme"], BLUE)
         axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=3, solid_capstyle="butt")
@@ -310,11 +340,11 @@ def perplexity_ratios(rows: Sequence[Mapping[str, Any]], title: str = "") -> Kit
     highest = max(row["high"] for row in shown)
     axes.set_xlim(min(1.0, *(row["low"] for row in shown)) - 0.02 * (highest - 1), highest + 0.2 * (highest - 1))
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.set_yticks(range(len(shown)), [row["label"] for row in shown])
+    axes.set_yticks(range(len(shown)), [in_lines(row["label"], 24) for row in shown])
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("perplexity, times that of the unquantized model (95%)")
-    axes.set_title(title)
+    axes.set_xlabel("perplexity, times the unquantized model's\n(95% intervals)")
+    head(figure, title)
     return figure
 
 
@@ -326,37 +356,59 @@ def schemes(rows: Sequence[Mapping[str, Any]]) -> KitFigure:
         rows: Rows of results/schemes.json.
 
     Returns:
-        Each seed's test macro F1 and their mean; bits a weight; training time.
+        Each seed's test macro F1 and their mean; bits a weight; training time. Rows of different models or devices
+        are in different panels, each with its name and its own scale of time.
     """
+    panels: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((str(row.get("model") or ""), str(row.get("device") or "")), []).append(row)
+    heights = [1.0 + 0.55 * len({_scheme(row) for row in mine}) for mine in panels.values()]
+    figure, grid = new(
+        height=0.8 + sum(heights), rows=len(panels), columns=2, sharey="row", squeeze=False, width_ratios=[1.5, 1],
+        height_ratios=heights,
+    )  # fmt: skip
+    names = list(dict.fromkeys(map(_scheme, rows)))  # in one order in all panels
+    every = [row["f1_macro"] for row in rows]
+    room = max(max(every) - min(every), 0.001)
+    for (left, right), ((model, device), mine) in zip(grid, panels.items(), strict=True):
+        _schemes_panel(left, right, mine, [name for name in names if name in map(_scheme, mine)])
+        # One scale of scores for all panels; time is each device's own.
+        left.set_xlim(min(every) - 0.18 * room, max(every) + 0.18 * room)
+        where = ", ".join(filter(None, (model.removeprefix("embedded:"), short_device(device))))
+        left.set_title(where, fontsize=12)
+    grid[-1, 0].set_xlabel("test macro F1,\na dot a seed, a bar their mean")
+    together = max(row.get("jobs") or 1 for row in rows)
+    grid[-1, 1].set_xlabel("training time, s" + (f"\n({together} runs at once)" if together > 1 else "\n"))
+    head(figure, "Macro F1 on a base stored in each scheme")
+    return figure
 
-    def label(row: Mapping[str, Any]) -> str:
-        single = row["scheme"] in ("nf4", "fp4", "int4") and not row["double_quantization"]
-        return row["scheme"] + (", scales in fp32" if single else "")
 
-    names = list(dict.fromkeys(label(row) for row in rows))
-    figure, (left, right) = new(height=1.3 + 0.55 * len(names), columns=2, sharey=True, width_ratios=[1.7, 1])
+def _scheme(row: Mapping[str, Any]) -> str:
+    """Return how a row's base is stored, as the figure names it."""
+    if row["scheme"] == "none":
+        return "none: base in\n16 bits, as it was"
+    single = row["scheme"] in ("nf4", "fp4", "int4") and not row["double_quantization"]
+    return row["scheme"] + (", scales in fp32" if single else "")
+
+
+def _schemes_panel(left: Axes, right: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Draw one device's rows of `schemes`, by the names that they have, in this order."""
     slowest = max(row["train_seconds"] for row in rows)
     for place, name in enumerate(names):
-        mine = [row for row in rows if label(row) == name]
+        mine = [row for row in rows if _scheme(row) == name]
         colour = SCHEME_COLOURS.get(mine[0]["scheme"], BLUE)
-        scores = [row["f1_macro"] for row in mine]
-        dots_of_seeds(left, place, scores, colour)
+        dots_of_seeds(left, place, [row["f1_macro"] for row in mine], colour)
         seconds = float(np.mean([row["train_seconds"] for row in mine]))
         right.barh(place, seconds, color=colour, height=0.55)
         bits = np.mean([row["bits_per_parameter"] for row in mine])
         right.annotate(
             f"{seconds:.0f} s, {bits:.3g} bits", (seconds, place), (5, 0), textcoords="offset points", va="center",
-            fontsize=11, annotation_clip=False,
+            fontsize=10.5,
         )  # fmt: skip
-    left.margins(x=0.12)
     left.set_ylim(len(names) - 0.4, -0.75)
     left.set_yticks(range(len(names)), names)
     left.grid(axis="y", visible=False)
-    left.xaxis.set_major_locator(MaxNLocator(4))
-    left.set_xlabel("test macro F1, a dot a seed")
+    left.xaxis.set_major_locator(MaxNLocator(3))
     right.grid(visible=False)
-    right.set_xlim(0, 2.6 * slowest)
+    right.set_xlim(0, 2.9 * slowest)
     right.xaxis.set_major_locator(MaxNLocator(2))
-    together = max(row.get("jobs", 1) for row in rows)
-    right.set_xlabel("training time, s" + (f"\n({together} runs share the device)" if together > 1 else ""))
-    return figure

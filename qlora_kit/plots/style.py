@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -15,7 +18,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from ..system.files import saving
@@ -34,6 +37,8 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
     "#222222",
 )
 GREY, PALE = "#8A8A8A", "#DDDDDD"
+METHOD_COLOURS = {"qlora": BLUE, "lora": ORANGE, "full": RED, "recipe": GREY}
+"""A method has one colour in all figures that compare methods."""
 PALETTE = (BLUE, ORANGE, GREEN, PINK, SKY, RED, BLACK)
 STYLE: Any = {
     "font.size": 12,
@@ -68,15 +73,21 @@ HEAT = LinearSegmentedColormap.from_list("kit", ["#FFFFFF", "#9ECAE1", BLUE, "#0
 _Args = ParamSpec("_Args")
 
 
+@contextmanager
+def any_script() -> Iterator[None]:
+    """Draw without matplotlib's many warnings about a label in a script that the font lacks: boxes stand for it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing", category=UserWarning)
+        yield
+
+
 class KitFigure(Figure):
     """A matplotlib figure that notebooks display directly, with or without matplotlib's inline backend."""
 
     def png(self) -> bytes:
         """Return the figure as PNG, at `DPI` dots an inch."""
         stream = io.BytesIO()
-        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            # A label in a script that the font lacks is drawn as boxes; hide matplotlib's many warnings about it.
-            warnings.filterwarnings("ignore", message=r"Glyph .* missing", category=UserWarning)
+        with matplotlib.rc_context(STYLE), any_script():
             # No software version in the file: equal figures give equal bytes.
             self.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
         return stream.getvalue()
@@ -126,7 +137,7 @@ def new(
     Returns:
         The figure, and its axes as `Figure.subplots` gives them.
     """
-    figure = KitFigure(figsize=(width, height), layout="constrained")
+    figure = KitFigure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, **grid)
 
@@ -149,6 +160,36 @@ def short_device(device: str) -> str:
     return device.removeprefix("NVIDIA ").removeprefix("Tesla ").split(" ")[0]
 
 
+def ink(colour: str) -> str:
+    """Return a colour darkened until words in it can be read on white: a contrast of 4.5 to 1, as WCAG asks."""
+
+    def light(channel: float) -> float:
+        return channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4
+
+    mixed = np.array(to_rgb(colour))
+    while (
+        1.05 / (0.05 + sum(part * light(one) for part, one in zip((0.2126, 0.7152, 0.0722), mixed, strict=True))) < 4.5
+    ):
+        mixed *= 0.97
+    return to_hex((mixed[0], mixed[1], mixed[2]))
+
+
+def colour_of_method(name: str) -> str:
+    """Return the colour of the method that a name has as a word, as `minilm qlora, H100` has; green if it has none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((colour for method, colour in METHOD_COLOURS.items() if method in words), GREEN)
+
+
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return each row's `label`, with its device where rows of several devices stand side by side."""
+    devices = [short_device(str(row.get("device") or "")) for row in rows]
+    several = len(set(devices)) > 1
+    return [
+        str(row["label"]) + (f" ({device or 'device unknown'})" if several else "")
+        for row, device in zip(rows, devices, strict=True)
+    ]
+
+
 def smooth(values: Sequence[float] | np.ndarray, span: int | None = None) -> np.ndarray:
     """Smooth a curve by a centred moving average, which does not lag behind as an exponential one does.
 
@@ -169,7 +210,7 @@ def smooth(values: Sequence[float] | np.ndarray, span: int | None = None) -> np.
     return means
 
 
-def dots_of_seeds(axes: Axes, place: int, scores: Sequence[float], colour: str) -> None:
+def dots_of_seeds(axes: Axes, place: float, scores: Sequence[float], colour: str) -> None:
     """Draw a dot for each seed's score, and a bar with a number for the mean."""
     mean = float(np.mean(scores))
     axes.plot(scores, [place] * len(scores), "o", color=colour, markersize=7, alpha=0.45, markeredgewidth=0)
@@ -217,6 +258,23 @@ def shortened(text: str, most: int = 34) -> str:
     """Return a text on one line, cut after `most` characters."""
     text = " ".join(str(text).split())
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def in_lines(text: str, width: int, most: int = 2) -> str:
+    """Return a text on at most `most` lines of `width` characters; what does not fit is cut."""
+    return "\n".join(textwrap.wrap(str(text), width, max_lines=most, placeholder=" …", break_on_hyphens=False))
+
+
+def tail(text: str, most: int = 48) -> str:
+    """Return the end of a text, where the names of layers differ, cut before its last `most` characters."""
+    text = " ".join(str(text).split())
+    return text if len(text) <= most else "…" + text[1 - most :].lstrip(".")
+
+
+def head(figure: KitFigure, title: str) -> None:
+    """Write a title over the whole width of a figure; one over its axes is cut where their labels are long."""
+    if title:
+        figure.suptitle(in_lines(title, 54), x=0.01, ha="left", fontsize=13, fontweight="bold")
 
 
 def bytes_unit(most: float) -> tuple[float, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from .style import BLUE, GREEN, GREY, METHOD_NAMES, ORANGE, PALE, PALETTE, RED, SKY, KitFigure, new, smooth, styled
+from .style import (
+    BLUE,
+    GREEN,
+    GREY,
+    METHOD_COLOURS,
+    METHOD_NAMES,
+    ORANGE,
+    PALE,
+    PALETTE,
+    RED,
+    SKY,
+    KitFigure,
+    new,
+    short_device,
+    smooth,
+    styled,
+)
 
 
 @styled
@@ -120,34 +135,59 @@ def stability(curves: Sequence[Mapping[str, Any]]) -> KitFigure:
 
     Args:
         curves: Each with `method` (`qlora`, `lora`, `full` or another) and the lists `step`, `loss` and
-            `grad_norm`, with None if a step has no value.
+            `grad_norm`, with None if a step has no value; and, if it is known, `device`.
 
     Returns:
-        Two panels over the optimizer's steps.
+        Two panels over the optimizer's steps. Of several runs of a method on one device, the median is drawn, and a
+        band from the lowest to the highest.
     """
-    colours = {"qlora": BLUE, "lora": ORANGE, "full": RED}
-    counts = Counter(curve["method"] for curve in curves)
-    figure, (top, bottom) = new(height=5.4, rows=2, sharex=True)
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for curve in curves:
-        method = curve["method"]
-        runs = counts.pop(method, 0)  # the legend has one line for each method
-        label = f"{METHOD_NAMES.get(method, method)}, {runs} run{'s' * (runs > 1)}" if runs else None
+        groups.setdefault((curve["method"], short_device(curve.get("device") or "")), []).append(curve)
+    devices = list(dict.fromkeys(device for _, device in groups))
+    figure, (top, bottom) = new(height=5.4 + 0.24 * len(groups), rows=2, sharex=True)
+    for (method, device), runs in groups.items():
+        label = f"{METHOD_NAMES.get(method, method)}, {len(runs)} run{'s' * (len(runs) > 1)}"
+        if len(devices) > 1:
+            label += f", {device or 'device unknown'}"
+        # Devices differ in their line, methods in their colour.
+        dashes: Any = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))[devices.index(device) % 4]
+        look: dict[str, Any] = {"color": METHOD_COLOURS.get(method, GREEN), "linestyle": dashes, "linewidth": 1.6}
         for axes, key in ((top, "loss"), (bottom, "grad_norm")):
-            values = np.array([np.nan if value is None else value for value in curve[key]], dtype=float)
+            steps, values = _over_runs(runs, key)
+            if not len(steps):
+                continue
             # With few points, a line alone is hard to see.
-            axes.plot(curve["step"], values, color=colours.get(method, GREY), linewidth=1.1, alpha=0.7,
-                      marker="o" if len(values) < 20 else None, label=label if axes is top else None)  # fmt: skip
+            axes.plot(steps, np.median(values, axis=0), marker="o" if len(steps) < 20 else None, markersize=4,
+                      label=label if axes is top else None, **look)  # fmt: skip
+            if len(runs) > 1:
+                axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=look["color"], alpha=0.16, lw=0)
     top.set_title("Training loss")
     top.set_ylim(bottom=0)
-    top.legend(loc="upper right")
     bottom.set_title("Gradient norm, before clipping")
     bottom.set_yscale("log")
-    bottom.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    bottom.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
     bottom.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # the default uses mathtext
     bottom.yaxis.set_minor_locator(NullLocator())
     bottom.set_xlim(left=0)
-    bottom.set_xlabel("step")
+    bottom.set_xlabel("step" + ("; the median, and from the lowest to the highest run" if len(curves) > 1 else ""))
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return figure
+
+
+def _over_runs(runs: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps that all runs reach, int `[steps]`, and each run's value there, `[runs, steps]`."""
+    found = []
+    for run in runs:
+        pairs = [(step, value) for step, value in zip(run["step"], run[key], strict=True) if value is not None]
+        if pairs:
+            found.append(np.array(pairs, dtype=float).T)
+    if not found:
+        return np.empty(0), np.empty((0, 0))
+    first, last = max(one[0][0] for one in found), min(one[0][-1] for one in found)
+    steps = np.unique(np.concatenate([one[0] for one in found]))
+    steps = steps[(steps >= first) & (steps <= last)]
+    return steps, np.array([np.interp(steps, *one) for one in found])
 
 
 @styled
@@ -184,8 +224,10 @@ def search_trials(record: Mapping[str, Any]) -> KitFigure:
     if rates:
         grid[0, 1].set_xscale("log")
         low, high = (pick(map(places[1][1], rates)) for pick in (min, max))
-        grid[0, 1].xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if high > 10 * low else (1.0, 2.0, 4.0)))
-        grid[0, 1].xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # the default uses mathtext
+        between = (1.0,) if high > 100 * low else (1.0, 3.0) if high > 10 * low else (1.0, 2.0, 4.0)
+        grid[0, 1].xaxis.set_major_locator(LogLocator(subs=between))
+        # As 1e-4; the default uses mathtext.
+        grid[0, 1].xaxis.set_major_formatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-").replace("e+0", "e"))
         grid[0, 1].xaxis.set_minor_locator(NullLocator())
     if trials:
         handles, labels = grid[0, 0].get_legend_handles_labels()

@@ -385,11 +385,13 @@ def test_both_kinds_of_time_are_drawn_and_the_host_is_named():
             [text.get_text() for axes in figure.axes for text in (*axes.texts, *axes.get_yticklabels())]
             + [axes.get_title(loc="left") for axes in figure.axes]
             + [axes.get_xlabel() for axes in figure.axes]
+            + [text.get_text() for legend in figure.legends for text in legend.get_texts()]
         )
 
     shown = texts(rows)
     assert "host: Intel Xeon Platinum 8481C CPU, 16 cores, 1 thread" in shown.replace("\n", " ")
     assert "qlora_kit, LoRA" in shown and "could not run" in shown
+    assert "by its kernels" in shown
     assert "100 (5x)" in shown and "1,333 (5x)" in shown  # as trained, and by kernels
     assert "counted twice" not in shown
     for row in rows:
@@ -397,7 +399,7 @@ def test_both_kinds_of_time_are_drawn_and_the_host_is_named():
     assert "counted twice" in texts(rows)
     for row in rows:
         row["device_seconds"] = None
-    assert "hatched" not in texts(rows)
+    assert "by its kernels" not in texts(rows)
 
 
 # --- its command ------------------------------------------------------------------------------------------------

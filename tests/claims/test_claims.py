@@ -892,7 +892,7 @@ def test_the_legend_counts_the_runs_of_each_method():
         *(trained("qlora", s, 0.9, curve=losses(0.1)) for s in range(3)),
         trained("full", 0, 0.9, curve=losses(0.1)),
     ]
-    legend = plots.stability(claims.curves(Records(results=results("accuracy", *rows)))).axes[0].get_legend()
+    legend = plots.stability(claims.curves(Records(results=results("accuracy", *rows)))).legends[0]
     assert sorted(text.get_text() for text in legend.get_texts()) == ["QLoRA, 3 runs", "full fine-tuning, 1 run"]
 
 

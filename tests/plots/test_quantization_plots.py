@@ -1,15 +1,11 @@
-"""The figures about quantization: all of each is inside its frame, and its labels don't cover each other."""
+"""What the figures about quantization show; that they are whole is in test_plots.py."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from figures import assert_readable_on_a_phone, assert_whole
+from makers import MAKERS, record
 from matplotlib.text import Text
 
 from qlora_kit import plots
-
-SCHEMES = ("nf4", "fp4", "int4", "e2m1", "e3m0")
 
 
 def schemes_rows() -> list[dict]:
@@ -27,77 +23,30 @@ def schemes_rows() -> list[dict]:
     ]
 
 
-@pytest.fixture(scope="module")
-def figures() -> dict[str, plots.KitFigure]:
-    rng = np.random.default_rng(0)
-    block = rng.normal(size=64)
-    points = [
-        {"label": s, "scheme": s, "bits": bits, "snr_db": snr, "hollow": bits == 4.5}
-        for s, snr in zip(SCHEMES, (20.7, 18.3, 19.4, 19.5, 14.5), strict=True)
-        for bits in (4.127, 4.5)
-    ]
-    return {
-        "weights": plots.weight_histogram({"a.long.name.of.a.layer" * 6: block, "b": rng.normal(size=5000)}),
-        "block": plots.block_before_after(block, {name: block.round(1) for name in SCHEMES[:3]}),
-        "codebooks": plots.codebooks({name: np.linspace(-1, 1, 16).tolist() for name in SCHEMES}),
-        "layers": plots.error_by_layer(
-            [{"layer": str(k), "scheme": s, "snr_db": 20 + k % 3} for s in SCHEMES for k in range(210)], "a model"
-        ),
-        "layers, one": plots.error_by_layer([{"layer": "0", "scheme": "nf4", "snr_db": 20.0}]),
-        "block sizes": plots.error_by_block_size(
-            [
-                {"scheme": s, "block_size": 2**k, "snr_db": 20 - k / 4 - place}
-                for place, s in enumerate(SCHEMES)
-                for k in range(5, 13)
-            ],
-            20.2,
-        ),
-        "bits": plots.bits_against_error(
-            [*points, {"label": "int8", "scheme": "int8", "bits": 8.03, "snr_db": 42.0}], {3: 14.6, 4: 20.2, 8: 43.9}
-        ),
-        "outliers": plots.outlier_in_block(
-            [{"scheme": s, "outlier": 2**k, "rms": k / 7} for s in SCHEMES[:3] for k in range(1, 8)]
-        ),
-        "perplexity": plots.perplexity_ratios(
-            [
-                {"label": f"{s}, scales in fp32", "scheme": s, "value": 1.2, "low": 1.1, "high": 1.3 + place / 10}
-                for place, s in enumerate(SCHEMES)
-            ],
-            "a model, a text",
-        ),
-        "schemes": plots.schemes(schemes_rows()),
-    }
-
-
-def test_nothing_is_cut_off(figures):
-    for name, figure in figures.items():
-        assert_whole(figure, name)
-
-
-def test_readable_at_phone_width(figures):
-    for name, figure in figures.items():
-        assert_readable_on_a_phone(figure, name)
-
-
-def test_named_schemes_do_not_cover_each_other(figures):
-    for name in ("layers", "block sizes", "bits"):
-        figure = figures[name]
-        figure.png()
-        renderer = figure.canvas.get_renderer()
-        boxes = [
-            t.get_window_extent(renderer)
-            for t in figure.findobj(Text)
-            if t.get_text().split(" ")[0] in SCHEMES and t.get_visible()
-        ]
-        assert len(boxes) == len(SCHEMES)
-        for place, box in enumerate(boxes):
-            for other in boxes[place + 1 :]:
-                inner = (box.y1 - box.y0) * 0.25  # the bounding box has room above and below the letters
-                apart = box.y0 + inner > other.y1 - inner or other.y0 + inner > box.y1 - inner
-                assert apart or box.x1 < other.x0 or other.x1 < box.x0, name
-
-
-def test_mean_and_seeds_of_schemes_are_those_of_the_rows(figures):
-    shown = {t.get_text() for t in figures["schemes"].findobj(Text)}
+def test_mean_and_seeds_of_schemes_are_those_of_the_rows():
+    shown = {t.get_text() for t in plots.schemes(schemes_rows()).findobj(Text)}
     assert {"0.9320", "0.9330", "0.9370"} <= shown
     assert "nf4, scales in fp32" in shown and any("4.13 bits" in text for text in shown)
+    assert any("none: base in\n16 bits" in text for text in shown)
+
+
+def test_models_and_devices_of_schemes_are_never_in_one_panel():
+    rows = [{**row, "model": "embedded:minilm", "device": "NVIDIA H100 80GB HBM3"} for row in schemes_rows()]
+    moved = [{**row, "device": "NVIDIA H200"} for row in rows if row["scheme"] == "nf4"]
+    figure = plots.schemes([*moved, *(row for row in rows if row["scheme"] != "nf4")])
+    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == ["minilm, H200", "minilm, H100"]
+    assert [len(axes.get_yticks()) for axes in figure.axes[::2]] == [2, 4]
+    assert len(plots.schemes(record("schemes")["rows"]).axes) == 2
+
+
+def test_filled_and_hollow_points_are_explained_where_there_are_both():
+    def legend(name: str) -> list[str]:
+        return [text.get_text() for legend in MAKERS[name]().legends for text in legend.get_texts()]
+
+    assert legend("bits against error") == ["filled: scales quantized as well", "hollow: scales in fp32"]
+    assert legend("bits against error, filled") == []
+
+
+def test_the_unit_of_weights_is_told():
+    shown = [text.get_text() for text in plots.weight_histogram({"a": [-1.0, 1.0, 3.0, -3.0]}).findobj(Text)]
+    assert any("one standard deviation: 2.24" in text and "largest: 1.3 of them away" in text for text in shown)
