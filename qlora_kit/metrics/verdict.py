@@ -57,6 +57,19 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     return _compared(score, leads)
 
 
+def untested(training: Mapping[str, Any]) -> str:
+    """Say in one sentence how good a run is on its validation rows, before it is tested.
+
+    Args:
+        training: What `training.json` holds.
+    """
+    score = f"macro F1 {_with_interval(training['metrics']['validation']['f1_macro'])}"
+    score += f" on {training['rows']['validation']:,} validation rows"
+    if training["random_weights"]:
+        return f"The base has random weights, so the scores mean nothing: {score}."
+    return f"Not tested yet: {score}; `evaluate` says whether a plain SVM does as well."
+
+
 def _compared(score: str, leads: Mapping[str, Mapping[str, float]]) -> str:
     """Return the sentence about a score and the run's lead over each baseline."""
     sides: dict[str, list[str]] = {"behind": [], "ahead": [], "apart": []}
