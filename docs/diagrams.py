@@ -81,7 +81,10 @@ def draw(source: str, mermaid: Path) -> str:
     script = f"""
         mermaid.initialize({json.dumps({**asked, "flowchart": {"htmlLabels": False, "useMaxWidth": True}})});
         mermaid.render({json.dumps(name)}, {json.dumps(source)}).then(
-            ({{svg}}) => {{ document.body.innerHTML = "<textarea></textarea>"; document.body.firstChild.textContent = svg; }},
+            ({{svg}}) => {{
+                document.body.innerHTML = "<textarea></textarea>";
+                document.body.firstChild.textContent = svg;
+            }},
             error => {{ document.body.innerText = "no drawing: " + error; }});
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -170,8 +170,8 @@ def _api_index() -> str:
     return "\n".join(
         [
             "# API\n",
-            "What most people need. `import qlora_kit as qk` takes milliseconds; what is heavy is imported at its first "
-            "use.\n",
+            "What most people need. `import qlora_kit as qk` takes milliseconds; what is heavy is imported when it is "
+            "first used.\n",
             *_names(_FIRST),
             "\n[Internals](internals.md) has the other public names, and all modules.\n",
         ]

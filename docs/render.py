@@ -381,10 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _write(INTO / path, text.encode())
             for name in () if options.texts else PICTURES:
                 _write(records.folder / f"{name}.png", png(picture(name, records)))
-        if options.texts:
-            found = differences(made)
-        else:
-            found = problems(made, records)
+        found = differences(made) if options.texts else problems(made, records)
     except KitError as error:
         print(error, file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ from ..errors import KitError
 ROOT = Path(__file__).resolve().parents[2]
 _BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 _SLUG = r"[\w.-]+/[\w.-]+"
-# A remote on GitHub, however it is reached: https with or without a name and a token, ssh, or git@github.com:owner/name.
+# A remote on GitHub, however it is reached: https (perhaps with a name and a token), ssh, or git@github.com:owner/name.
 _REMOTE = rf"(?:(?:https?|ssh|git)://)?(?:[^@/\s]+@)?github\.com(?::\d+(?=/))?[:/]/*({_SLUG}?)(?:\.git)?/*"
 # Metadata that makes Colab give a notebook a runtime with a GPU.
 GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
