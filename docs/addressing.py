@@ -146,8 +146,8 @@ class Records:
     def device(self, place: str, kind: str, **wanted: Any) -> str:
         """Return the name of the GPU or CPU that has such rows.
 
-        Where several have, it is the one all of whose rows say of which commit they are; among such, one of a clean tree;
-        among such, the one that was measured last.
+        Where several have, it is the one all of whose rows say of which commit they are; among such, one of a clean
+        tree; among such, the one that was measured last.
 
         Args:
             place: See `rows`.

@@ -49,9 +49,14 @@ def inline(markdown: str) -> str:
     Raises:
         FileNotFoundError: A source was changed and not drawn anew.
     """
-    return _BLOCK.sub(
-        lambda found: f'<div class="diagram">{file_of(found[1]).read_text(encoding="utf-8").strip()}</div>', markdown
-    )
+
+    def drawing(found: re.Match[str]) -> str:
+        svg = file_of(found[1]).read_text(encoding="utf-8").strip()
+        (width,) = re.findall(r"max-width: ([\d.]+)px", svg)
+        # A wide one stays readable on a phone: it scrolls.
+        return f'<div class="diagram{" wide" if float(width) > 600 else ""}">{svg}</div>'
+
+    return _BLOCK.sub(drawing, markdown)
 
 
 def draw(source: str, mermaid: Path) -> str:

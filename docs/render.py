@@ -107,6 +107,11 @@ def series(texts: Sequence[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def folded(text: str) -> str:
+    """Fold what a program printed to the width of a block of code."""
+    return "\n".join(textwrap.fill(line, 88, break_on_hyphens=False) for line in text.splitlines())
+
+
 def reach(differences: Sequence[Row]) -> float:
     """Return half the width of the widest interval of macro F1 among these differences."""
     return float(max(one["f1_macro"]["high"] - one["f1_macro"]["low"] for one in differences) / 2)
@@ -183,6 +188,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "spelled": spelled,
     "least": least,
     "series": series,
+    "folded": folded,
     "cell": cell,
     "short": short,
     **_SCALED,
