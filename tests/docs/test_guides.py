@@ -171,7 +171,7 @@ def test_the_guides_run_one_after_the_other(tmp_path: Path):
         assert done.returncode == 0, f"{name}: {done.stderr}"
         if name == "your_data":
             assert (tmp_path / RUN / "evaluation.json").is_file() and (tmp_path / "runs" / "best").is_dir()
-            assert "macro F1" in done.stdout.lower()
+            assert "macro f1" in done.stdout.lower()
     assert (tmp_path / "merged" / "README.md").is_file()
 
     # The small server, on a port that is free: what it answers, and to what is no list of texts.
