@@ -123,8 +123,9 @@ docs: $(INSTALLED)  ## site/: README, the API, results, and the notebooks execut
 figures: $(INSTALLED)  ## README.md, results/README.md and the pictures of results/, from the records
 	@$(PY) docs/render.py
 
-colab: $(INSTALLED)  ## badges and set-up cells for a new address: REPO=owner/name
+colab: $(INSTALLED)  ## badges and set-up cells for the address of the clone's remote, or REPO=owner/name
 	@$(PY) -m qlora_kit.notebooks.colab $(if $(REPO),"$$REPO")
+	@$(PY) docs/render.py README.md
 
 clean:  ## removes what was built; runs/ and .venv stay
 	rm -rf .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

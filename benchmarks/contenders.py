@@ -442,7 +442,7 @@ def trainer_of(entry: Entry) -> Any:
     if spec.trainer == "kit":
         ours = experiment.training
         arguments = training.training_arguments(
-            ours, folder, device=device, precision=entry.precision, steps=10**6, tracked=False, progress=False
+            ours, folder, device=device, precision=entry.precision, steps=10**6, progress=False
         )
         arguments.eval_strategy = arguments.save_strategy = "no"
         return training.KitTrainer(

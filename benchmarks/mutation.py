@@ -95,7 +95,7 @@ GROUPS = {
     ),
 }
 MODULES = {module: name for name, group in GROUPS.items() for module in group.modules}
-COPIED = ("qlora_kit", "tests", "benchmarks", "notebooks", "results", "README.md", "Makefile", "pyproject.toml")
+COPIED = ("qlora_kit", "tests", "benchmarks", "notebooks", "results", "README.md", "Makefile", "pyproject.toml", "docs")
 RECORD = ROOT / "results" / "mutation.json"
 CONFIG = """
 [tool.mutmut]

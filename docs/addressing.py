@@ -144,9 +144,10 @@ class Records:
         return self.row(place, **wanted) if self.rows(place, **wanted) else None
 
     def device(self, place: str, kind: str, **wanted: Any) -> str:
-        """Return the name of the one GPU or CPU that has such rows.
+        """Return the name of the GPU or CPU that has such rows.
 
-        Where several have, it is the one all of whose rows say of which commit they are.
+        Where several have, it is the one all of whose rows say of which commit they are; among such, one of a clean
+        tree; among such, the one that was measured last.
 
         Args:
             place: See `rows`.
@@ -154,16 +155,18 @@ class Records:
             **wanted: See `rows`.
 
         Raises:
-            KitError: No device or several are left: the template has to name one with `device=`.
+            KitError: No device has.
         """
         found = self.rows(place, device=kind, **wanted)
         names = list(dict.fromkeys(str(row["device"]) for row in found))
-        if len(names) > 1:
-            known = [name for name in names if all(self.commit(row) for row in found if row["device"] == name)]
-            names = known if len(known) == 1 else names
-        if len(names) != 1:
-            raise KitError(f"results/{place}.json has {kind} rows of {_list(names) or 'no device'} for {_told(wanted)}")
-        return names[0]
+        if not names:
+            raise KitError(f"results/{place}.json has {kind} rows of no device for {_told(wanted)}")
+
+        def rank(name: str) -> tuple[bool, bool, int]:
+            commits = [self.commit(row) or "" for row in found if row["device"] == name]
+            return all(commits), not any(commit.endswith("+changes") for commit in commits), names.index(name)
+
+        return max(names, key=rank)
 
     def commit(self, row: Row) -> str | None:
         """Return the commit that a row was made by, with `+changes` where the tree was changed; None if unknown."""

@@ -1,4 +1,4 @@
-"""What `make docs` makes its pages of: README, CONTRIBUTING, docstrings, the commands' help, notebooks, results/.
+"""What `make docs` makes its pages of: README, docs/*.md, docstrings, the commands' help, notebooks, results/.
 
 MkDocs calls the functions named `on_...`. `OUT` in the environment is the folder of the executed notebooks; it is
 runs/latest where there is none.
@@ -7,8 +7,10 @@ runs/latest where there is none.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
+import posixpath
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +19,12 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import diagrams  # noqa: E402
 import render  # noqa: E402
 
 from qlora_kit.cli import main as command_line  # noqa: E402
@@ -30,6 +34,11 @@ from qlora_kit.public import EXPORTS, MODULES  # noqa: E402
 PACKAGE = ROOT / "qlora_kit"
 # The command line has a page of its own, what is public a table; colab is a tool for a clone.
 _LEFT_OUT = {"__init__", "__main__", "cli", "public", "notebooks.colab"}
+# What most people need, in the order in which they meet it.
+_FIRST = (
+    *("text_classification", "banking77", "preset", "Experiment", "finetune", "evaluate", "load_run", "Run"),
+    *("search", "zip_results", "download_results", "KitError"),
+)
 # Of the headings of what a file defines: one below its own.
 _LEVEL = 3
 _MOST_ROWS = 40
@@ -38,15 +47,16 @@ _MOST_ROWS = 40
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Name the repository and the pages."""
     config.repo_url = colab.address(ROOT)
-    config.repo_name = config.repo_url.removeprefix("https://github.com/")
+    config.repo_name = (config.repo_url or "").removeprefix("https://github.com/") or None
     config.edit_uri = ""
     config.nav = [
         {"Home": "index.md"},
         {"Notebooks": ["notebooks/index.md", *(f"notebooks/{path.stem}.md" for path in _notebooks())]},
-        {"Results": "results.md"},
-        {"Architectures": "architectures.md"},
+        {"Guides": ["your_data.md", "read_a_report.md", "serve.md", "run_notebooks.md"]},
+        {"How it works": ["how_it_works.md", "compare.md"]},
+        {"Results": ["results.md", "claims.md", "architectures.md"]},
         {"Command line": "command-line.md"},
-        {"API": ["api/index.md", *(f"api/{name}.md" for name in _rooms())]},
+        {"API": ["api/index.md", {"Internals": ["api/internals.md", *(f"api/{name}.md" for name in _rooms())]}]},
         {"Contributing": "contributing.md"},
     ]
     return config
@@ -59,35 +69,61 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Make the links of docs/*.md whole, and draw the diagrams of every page."""
+    if page.file.generated_by is None:
+        markdown = _linked(markdown, "docs", config.repo_url or "")
+    return diagrams.inline(markdown)
+
+
 def _pages(repository: str) -> Iterator[tuple[str, str | bytes]]:
-    yield "index.md", _linked("README.md", repository)
-    yield "contributing.md", _linked("CONTRIBUTING.md", repository)
+    for name, page in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md")):
+        yield page, _linked((ROOT / name).read_text(encoding="utf-8"), "", repository)
     yield "command-line.md", _commands()
     yield "api/index.md", _api_index()
+    yield "api/internals.md", _internals()
     for name in _rooms():
         yield f"api/{name}.md", _api_page(name)
     yield from _notebook_pages()
-    yield from _results()
+    yield from _results(repository)
     yield "architectures.md", render.page("architectures.md")
 
 
-# --- README and CONTRIBUTING ------------------------------------------------------------------------------------
+# --- texts of the repository ------------------------------------------------------------------------------------
 
 
-def _linked(name: str, repository: str) -> str:
-    """Return a text of the repository with its links made whole: to a page of the site, or to the file on GitHub."""
+def _linked(text: str, folder: str, repository: str) -> str:
+    """Return a text of the repository with its links made whole: to a page of the site, or to the file on GitHub.
+
+    Args:
+        text: Markdown.
+        folder: The folder in the repository that its links start from.
+        repository: The address on GitHub; where there is none, the words of a link to a file stay without it.
+    """
     pages = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "results/README.md": "results.md"}
+    pages |= {f"docs/{path.name}": path.name for path in (ROOT / "docs").glob("*.md")}
     pages |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in _notebooks()}
     pages |= {f"qlora_kit/{room}{end}": f"api/{room}.md" for room in _rooms() for end in ("", ".py")}
 
     def link(found: re.Match[str]) -> str:
-        target = found[1]
-        # Pictures of results/ are files of the site.
-        if re.match(r"(https?:|#|mailto:|results/.*\.png$)", target):
+        words, target = found[1], found[2]
+        if re.match(r"(https?:|#|mailto:)", target):
             return found[0]
-        return f"]({pages.get(target) or f'{repository}/blob/main/{target}'})"
+        path, mark, anchor = target.partition("#")
+        path = posixpath.normpath(posixpath.join(folder, path))
+        # Pictures of results/ are files of the site.
+        if re.fullmatch(r"results/\w+\.png", path):
+            return f"[{words}]({path})"
+        if path in pages:
+            return f"[{words}]({pages[path]}{mark}{anchor})"
+        return f"[{words}]({repository}/blob/main/{path})" if repository else words
 
-    return re.sub(r"\]\(([^)\s]+)\)", link, (ROOT / name).read_text(encoding="utf-8"))
+    # Code stays as it is.
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(
+        part if part.startswith("```") else re.sub(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", link, part)
+        for part in parts
+    )
 
 
 # --- the package ------------------------------------------------------------------------------------------------
@@ -109,30 +145,57 @@ def _api_page(room: str) -> str:
     return "\n".join(parts)
 
 
-def _first_line(room: str) -> str:
-    import ast
+def _file(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
-    file = PACKAGE / room / "__init__.py" if (PACKAGE / room).is_dir() else PACKAGE / f"{room}.py"
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return text.split("\n\n")[0].replace("\n", " ")
+
+def _first_sentence(tree: Any) -> str:
+    return (ast.get_docstring(tree) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _said(name: str) -> str:
+    """Return the first sentence of what a public name says about itself."""
+    tree = ast.parse(_file(EXPORTS[name]).read_text(encoding="utf-8"))
+    (node,) = (node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name == name)
+    return _first_sentence(node)
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    lines = [f"| [`qk.{name}`][qlora_kit.{EXPORTS[name]}.{name}] | {_said(name)} |" for name in names]
+    return ["| name | what it does |", "|---|---|", *lines]
 
 
 def _api_index() -> str:
+    return "\n".join(
+        [
+            "# API\n",
+            "What most people need. `import qlora_kit as qk` takes milliseconds; what is heavy is imported when it is "
+            "first used.\n",
+            *_names(_FIRST),
+            "\n[Internals](internals.md) has the other public names, and all modules.\n",
+        ]
+    )
+
+
+def _internals() -> str:
     called = {
         room: "<br>".join(f"`qk.{name}`" for name, path in MODULES.items() if path.partition(".")[0] == room)
         for room in _rooms()
     }
+    lines = [
+        f"| [{room}]({room}.md) | {called[room]} | {_first_sentence(ast.parse(_file(room).read_text('utf-8')))} |"
+        for room in _rooms()
+    ]
     return "\n".join(
         [
-            "# API\n",
-            "`import qlora_kit as qk` takes milliseconds: a module, as `qk.memory`, is imported at its first use.\n",
-            "| at hand as | from |",
-            "|---|---|",
-            *(f"| [`qk.{name}`][qlora_kit.{module}.{name}] | {module} |" for name, module in EXPORTS.items()),
+            "# Internals\n",
+            "Other public names, then the modules. Whatever is not public may change without notice.\n",
+            *_names([name for name in EXPORTS if name not in _FIRST]),
             "\n## Modules\n",
             "| module | at hand as | what is in it |",
             "|---|---|---|",
-            *(f"| [{room}]({room}.md) | {called[room]} | {_first_line(room)} |" for room in _rooms()),
+            *lines,
             "",
         ]
     )
@@ -201,16 +264,19 @@ def _executed(path: Path) -> str:
 # --- results/ ---------------------------------------------------------------------------------------------------
 
 
-def _results() -> Iterator[tuple[str, str | bytes]]:
+def _results(repository: str) -> Iterator[tuple[str, str | bytes]]:
     """Yield results/README.md with each record's picture and its first rows, and the pictures."""
     opening, *sections = re.split(r"^## ", render.page("results/README.md"), flags=re.MULTILINE)
-    parts = [opening.replace("../README.md", "index.md")]
+    parts = [_linked(opening, "results", repository)]
     for section in sections:
         name = section.partition("\n")[0]
-        record = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        parts.append(_linked(f"## {section}", "results", repository))
+        file = ROOT / "results" / f"{name}.json"
+        if not file.is_file():  # a section about several records
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
         # A record's rows are of several machines; its own environment is the newest one's.
         made = [row.get("environment") or record["environment"] for row in record["rows"]]
-        parts.append(f"## {_without_links(section)}")
         parts.append("\n".join(f"- {line}" for line in dict.fromkeys(map(_machine, made))) + "\n")
         if (ROOT / "results" / f"{name}.png").is_file():
             parts.append(f"![{name}](results/{name}.png)\n")
@@ -224,11 +290,6 @@ def _machine(environment: Mapping[str, Any]) -> str:
     versions = environment.get("versions", {})
     shown = [f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions]
     return ", ".join([str(environment.get("device")), *shown])
-
-
-def _without_links(text: str) -> str:
-    """Return the text without links to files that the site does not have."""
-    return re.sub(r"\[([^\]]+)\]\([^)/:]+\.(?:json|png)\)", r"`\1`", text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

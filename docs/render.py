@@ -1,7 +1,8 @@
-"""Make README.md, results/README.md and the pictures of results/ from the records: `make figures`.
+"""Make README.md, results/README.md, pages of docs/ and the pictures of results/ from the records: `make figures`.
 
-    python docs/render.py            # write what has changed
-    python docs/render.py --check    # write nothing; exit code 1, and where a text is not what the records say
+    python docs/render.py              # write what has changed
+    python docs/render.py README.md    # this text alone, and no picture
+    python docs/render.py --check      # write nothing; exit code 1, and where a text is not what the records say
 
 The texts are templates in docs/templates (jinja2). A figure in them is an expression that names its record, its row and
 its key:
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import json
 import math
 import re
 import sys
@@ -37,8 +39,16 @@ from qlora_kit.notebooks import colab
 TEMPLATES = ROOT / "docs" / "templates"
 INTO = ROOT
 """Where texts are written."""
-TEXTS = {"README.md": "README.md.j2", "results/README.md": "results.md.j2"}
+TEXTS = {
+    "README.md": "README.md.j2",
+    "results/README.md": "results.md.j2",
+    "docs/claims.md": "claims.md.j2",
+    "docs/compare.md": "compare.md.j2",
+    "docs/how_it_works.md": "how_it_works.md.j2",
+}
 """What is rendered into the repository, and from which template."""
+PARTS = ("measured.md.j2",)
+"""Templates that others include."""
 PAGES = {"architectures.md": "architectures.md.j2"}
 """What is rendered for the site alone."""
 WIDTH = 120
@@ -95,6 +105,11 @@ def series(texts: Sequence[str]) -> str:
     """Write texts one after the other: `a, b and c`."""
     *most, last = [str(text) for text in texts]
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def folded(text: str) -> str:
+    """Fold what a program printed to the width of a block of code."""
+    return "\n".join(textwrap.fill(line, 88, break_on_hyphens=False) for line in text.splitlines())
 
 
 def reach(differences: Sequence[Row]) -> float:
@@ -173,6 +188,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "spelled": spelled,
     "least": least,
     "series": series,
+    "folded": folded,
     "cell": cell,
     "short": short,
     **_SCALED,
@@ -182,13 +198,17 @@ FILTERS: dict[str, Callable[..., Any]] = {
 # --- rendering --------------------------------------------------------------------------------------------------
 
 
-def render(text: str, records: Records, claims_table: Callable[[], str] | None = None) -> str:
+def render(
+    text: str, records: Records, claims_table: Callable[[], str] | None = None, repository: str | None = None
+) -> str:
     """Return a template's text with the records' figures in it.
 
     Args:
         text: The template.
         records: Where figures are read.
         claims_table: Returns the table of claims; None to make it of the records' folder (some 20 seconds).
+        repository: `https://github.com/OWNER/NAME`, for badges; None for pyproject.toml's. Where that has none, a text
+            says how to come by one.
 
     Raises:
         KitError: An address that leads to no value or to several, or a sentence that the records do not bear out.
@@ -196,8 +216,9 @@ def render(text: str, records: Records, claims_table: Callable[[], str] | None =
     names = ("record", "row", "rows", "row_if_any", "device", "commit", "environment", "names", "origins")
     own: dict[str, Any] = {name: getattr(records, name) for name in names}
     own["claims_table"] = claims_table or functools.partial(claims_of, records.folder)
+    own["repository"] = repository or colab.address(ROOT)
     try:
-        return addressed(wrapped(_compiled(text).render(own)))
+        return wrapped(_compiled(text).render(own))
     except jinja2.UndefinedError as error:
         raise KitError(f"a template asks for what is not there: {error.message}") from error
 
@@ -218,6 +239,7 @@ def _environment() -> jinja2.Environment:
         return found
 
     environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         extensions=["jinja2.ext.do"],
         trim_blocks=True,
@@ -236,6 +258,7 @@ def _environment() -> jinja2.Environment:
         "contender_names": plots.CONTENDER_NAMES,
         "margin": claims.MARGIN,
         "notebooks": sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")),
+        "ten_lines": json.loads((ROOT / "docs" / "ten_lines.json").read_text(encoding="utf-8")),
     }
     return environment
 
@@ -261,18 +284,6 @@ def headline(command: str) -> str:
     return text.split("\n\n")[0].replace("\n", " ").partition(": results/")[0].rstrip(".") + "."
 
 
-def addressed(text: str, repository: str = "") -> str:
-    """Return a text with the repository's address where `make colab` puts it, too; its lines stay as they are.
-
-    Args:
-        text: With the address of the templates, `OWNER/qlora_kit`.
-        repository: `https://github.com/OWNER/NAME`; empty for pyproject.toml's.
-    """
-    slug = (repository or colab.address(ROOT)).removeprefix("https://github.com/")
-    places = r"(colab\.research\.google\.com/github/|git\+https://github\.com/)"
-    return re.sub(rf"{places}OWNER/qlora_kit", rf"\g<1>{slug}", text)
-
-
 def wrapped(text: str) -> str:
     """Return a Markdown text with its paragraphs filled to the width of a line; tables, headings and code stay."""
     blocks: list[list[str]] = [[]]
@@ -288,8 +299,9 @@ def wrapped(text: str) -> str:
         block = "\n".join(lines)
         if lines[0].startswith(("```", "|", "#", "<", "!")):
             done.append(block)
-        elif lines[0].startswith("- "):
-            done.append("\n".join(_filled(item, "  ") for item in re.split(r"\n(?=- )", block)))
+        elif item := re.match(r"- |\d+\. ", block):
+            items = re.split(r"\n(?=- |\d+\. )", block)
+            done.append("\n".join(_filled(text, " " * len(item[0])) for text in items))
         else:
             done.append(_filled(block))
     return "\n\n".join(done) + "\n"
@@ -307,10 +319,22 @@ def template(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def texts(records: Records | None = None, claims_table: Callable[[], str] | None = None) -> dict[str, str]:
-    """Return every rendered text by its path in the repository; the arguments are those of `render`."""
+def texts(
+    records: Records | None = None,
+    claims_table: Callable[[], str] | None = None,
+    paths: Sequence[str] = (),
+    repository: str | None = None,
+) -> dict[str, str]:
+    """Return rendered texts by their paths in the repository.
+
+    Args:
+        records: See `render`.
+        claims_table: See `render`.
+        paths: Which; none for all of `TEXTS`.
+        repository: See `render`.
+    """
     records = records or Records()
-    return {path: render(template(source), records, claims_table) for path, source in TEXTS.items()}
+    return {path: render(template(TEXTS[path]), records, claims_table, repository) for path in paths or TEXTS}
 
 
 def page(name: str, records: Records | None = None) -> str:
@@ -322,7 +346,7 @@ def problems(made: Mapping[str, str], records: Records) -> list[str]:
     """Return what is not as the records say, a line each: figures that are typed, texts and pictures that differ."""
     found = [
         f"docs/templates/{name}:{line}: {figure} is typed; a figure is an expression, or stands in STATED with a reason"
-        for name in (TEXTS | PAGES).values()
+        for name in (*TEXTS.values(), *PAGES.values(), *PARTS)
         for line, figure in typed(template(name))
     ]
     found += differences(made)
@@ -350,21 +374,25 @@ def differences(made: Mapping[str, str], root: Path | None = None) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help=f"one of {', '.join(TEXTS)}; all, and the pictures")
     parser.add_argument("--check", action="store_true", help="write nothing, and say what is not as the records say")
     options = parser.parse_args(arguments)
+    if unknown := [path for path in options.texts if path not in TEXTS]:
+        parser.error(f"{unknown[0]!r} is made from no template: allowed are {', '.join(TEXTS)}")
     try:
         records = Records()
-        made = texts(records)
+        made = texts(records, paths=options.texts)
         if not options.check:
             for path, text in made.items():
                 _write(INTO / path, text.encode())
-            for name in PICTURES:
+            for name in () if options.texts else PICTURES:
                 _write(records.folder / f"{name}.png", png(picture(name, records)))
-        found = problems(made, records)
+        found = differences(made) if options.texts else problems(made, records)
     except KitError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join(found) if found else f"{len(made)} texts and {len(PICTURES)} pictures are what the records say")
+    pictures = "" if options.texts else f" and {len(PICTURES)} pictures"
+    print("\n".join(found) if found else f"{len(made)} texts{pictures} are what the records say")
     return 1 if found else 0
 
 

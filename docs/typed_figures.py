@@ -10,9 +10,6 @@ from jinja2 import nodes
 
 STATED = {
     "Python 3.11 or newer": "the oldest version that pyproject.toml takes",
-    "the first of 3.11 or newer": "the same",
-    "The exit code is 0; 2 for": "exit codes of the command line",
-    "1 for a failure; 130, 143 and 129 after": "exit codes of the command line",
     "4 bits": "the width of a format",
     "4-bit": "the width of a format",
     "8 bits": "the width of a format",
@@ -22,7 +19,6 @@ STATED = {
     "one of 16 values": "what four bits can tell apart",
     "64 of them share": "QLoRA's size of a block",
     "multiples of 8": "a setting of the benchmark",
-    "Three uses": "the section's own parts",
     "CC BY 4.0": "a licence's name",
     "bitsandbytes 0.50 ": "a library's version",
     "in July 2025": "a date",
@@ -30,10 +26,12 @@ STATED = {
     "4bit": "the name of a variant",
     "double quantization": "the name of a method",
     "two SVMs": "the baselines, by their names",
-    "Two commands": "the section's own parts",
     "two CPU cores": "the least machine that the notebooks are made for",
     "count twice": "how a sum counts",
     "half written": "a way of speaking",
+    "Three doors": "the section's own parts",
+    "the ten lines": "the code's own length",
+    "a tiny model, ten steps": "what another project's CI does",
     "dozens of methods": "another project's, roughly",
     "95% interval": "the share that intervals are made for",
     "95% intervals": "the share that intervals are made for",
@@ -76,6 +74,8 @@ def typed(text: str, stated: Mapping[str, str] = STATED) -> list[tuple[int, str]
         r"`[^`]*`",
         r"<!--.*?-->",
         r"\]\([^)]*\)",
+        r"\bwidth=\"\d+\"",
+        r"^\d+\. ",
         r"https?://\S+",
     ):
         text = re.sub(pattern, blank, text, flags=re.MULTILINE | re.DOTALL)

@@ -132,8 +132,8 @@ def run_again(record: str | Path, out: str | Path = "runs/reruns", *, progress: 
         KitError: When `record` is no record or holds no results, or the new run would go into the same folder.
     """
     old = _read(Path(record))
-    # No tracking: the W&B project belongs to whoever made the record, and changes no result.
-    experiment = old.experiment.override({"tracking.wandb": "none"})
+    # No tracking: the project belongs to whoever made the record, and changes no result.
+    experiment = old.experiment.override({"tracking.to": "none"})
     target = Path(out) / f"{experiment.name}_seed{experiment.training.seed}"
     if old.run is not None and target.resolve() == old.run.path.resolve():
         raise KitError(f"{target} is the record itself: name another folder for the new run")

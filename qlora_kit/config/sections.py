@@ -158,6 +158,11 @@ class DataSpec:
         _count("data.limit", self.limit, 2, MOST_STEPS)
         _count("data.split_seed", self.split_seed, 0, MOST_SEED)
 
+    @property
+    def is_public(self) -> bool:
+        """Whether everybody may read the rows, so that a log or an archive may quote them: Banking77's alone."""
+        return self.name == "banking77" and self.test is None and not isinstance(self.validation, str)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
@@ -288,25 +293,47 @@ class TrainingSpec:
         _between("training.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
 
 
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio")
+"""Allowed names in `tracking.to`, beside `none`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrackingSpec:
     """Where the run is logged besides its folder.
 
     Args:
-        wandb: `auto` logs online if the user is logged in and offline otherwise; `none` for no W&B. The log includes a
-            few validation texts: those with the worst predictions.
-        project: Name of the W&B project.
+        to: `wandb`, `tensorboard`, `mlflow` or `trackio`, a list of several, or `none`. All but W&B need an extra:
+            `pip install 'qlora_kit[tensorboard]'`. What each gets stands in `qlora_kit.tracking`.
+        wandb: For W&B, `auto` logs online if the user is logged in and offline otherwise; `none` for no W&B.
+        project: Name of the project of W&B and trackio, and of MLflow's experiment.
+        log_texts: Whether the W&B log also has a few validation texts: those with the worst predictions. It always has
+            Banking77's, which everybody may read.
 
     Raises:
         KitError: For a value that is not allowed.
     """
 
+    to: str | tuple[str, ...] = "wandb"
     wandb: Literal["auto", "offline", "online", "none"] = "auto"
     project: str = "qlora_kit"
+    log_texts: bool = False
 
     def __post_init__(self) -> None:
         _typed("tracking", self)
+        names = [self.to] if isinstance(self.to, str) else list(dict.fromkeys(self.to))
+        for name in names:
+            if name not in (*TRACKERS, "none") or (name == "none" and len(names) > 1):
+                raise unknown("tracking.to called" if name != "none" else "tracking.to with others called", name,
+                              [*TRACKERS, *(["none"] if len(names) == 1 else [])])  # fmt: skip
+        # One value for each meaning, so that equal settings are equal.
+        object.__setattr__(self, "to", tuple(names) if len(names) > 1 else names[0] if names else "none")
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:") or not self.project.isprintable():
             raise KitError(
                 f"tracking.project is {shown(self.project)}: allowed are up to 128 characters without / \\ # ? % :"
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names of `to` as a tuple; an empty one for `none`."""
+        names = (self.to,) if isinstance(self.to, str) else self.to
+        return tuple(name for name in names if name != "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ def arguments_of_run(
     *,
     device: torch.device,
     rows: int,
-    tracked: bool = False,
+    trackers: Sequence[str] = (),
     progress: bool = False,
 ) -> TrainingArguments:
     """Return the Trainer's arguments for a whole run of an experiment, or for a trial.
@@ -31,19 +32,22 @@ def arguments_of_run(
         folder: The run's folder; checkpoints go into `checkpoints/` in it.
         device: Where it runs.
         rows: Rows to train on.
-        tracked: Whether a W&B run is open.
+        trackers: What the Trainer reports to, as `tracking.reporting` names it.
         progress: Whether to show progress bars.
     """
-    return training_arguments(
+    arguments = training_arguments(
         experiment.training,
         folder / "checkpoints",
         device=device,
         precision=precision_of(experiment, device),
         steps=total_steps(experiment.training, rows),
-        tracked=tracked,
+        trackers=trackers,
         progress=progress,
         eval_rows=evaluation_rows(experiment, device.type),
     )
+    # How trackers name the run, and the project that trackio keeps it in.
+    arguments.run_name, arguments.project = folder.name, experiment.tracking.project
+    return arguments
 
 
 def training_arguments(
@@ -53,8 +57,8 @@ def training_arguments(
     device: torch.device,
     precision: str,
     steps: int,
-    tracked: bool,
     progress: bool,
+    trackers: Sequence[str] = (),
     eval_rows: int | None = None,
 ) -> TrainingArguments:
     """Translate a spec into the Trainer's arguments.
@@ -65,7 +69,7 @@ def training_arguments(
         device: Where it runs.
         precision: `fp32`, `fp16` or `bf16`, resolved.
         steps: Optimizer steps in total, for the warm-up.
-        tracked: Whether a W&B run is open.
+        trackers: What the Trainer reports to, as `tracking.reporting` names it.
         progress: Whether to show progress bars.
         eval_rows: Rows per forward pass in evaluation; by default `training.eval_batch_size`, or else the training
             batch size.
@@ -107,7 +111,7 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         # The next batch is copied to the GPU while this one is computed.
         accelerator_config={"non_blocking": device.type == "cuda"},
-        report_to=["wandb"] if tracked else [],
+        report_to=list(trackers),
         disable_tqdm=not progress,
         use_cpu=device.type == "cpu",
     )

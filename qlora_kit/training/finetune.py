@@ -84,12 +84,13 @@ def finetune(
         The run, ready for `predict` and `qlora_kit.evaluate`.
 
     Raises:
-        KitError: For bad input, before anything is written; when the disk is full; when another process is training the
-            same run.
+        KitError: For bad input, and a tracker whose package is missing, before anything is written; when the disk is
+            full; when another process is training the same run.
         TrainingError: When the loss is no longer finite or the GPU has too little memory.
     """
     started = time.perf_counter()
     spec = experiment.training
+    tracking.refuse_absent(experiment.tracking)
     if data is None:
         data = load(experiment.data)
     else:
@@ -108,9 +109,13 @@ def finetune(
                 logger.warning("%s.", whole)
             base = find_base(experiment.model)  # look again: a hub model may be in the cache only now
             _begin(folder, experiment, data, base)
-            with tracking.opened(experiment, Path(out), folder.name) as tracked_run:
-                trainer = _trainer(experiment, prepared, data, folder, bool(tracked_run), progress)
+            with (
+                tracking.opened(experiment, Path(out), folder.name) as tracked_run,
+                tracking.reporting(experiment, Path(out), folder.name, tracked_run) as trackers,
+            ):
+                trainer = _trainer(experiment, prepared, data, folder, trackers, progress)
                 tracking.guard_callback(tracked_run, trainer)
+                tracking.guard_others(trainer)
                 for callback in callbacks:
                     trainer.add_callback(callback)
                 train_started = time.perf_counter()
@@ -125,7 +130,8 @@ def finetune(
                 )
                 _finish(folder, experiment, data, base, prepared, training)
                 # Log more only once the run is complete: W&B can fail or take long.
-                tracking.log_validation(tracked_run, logits, rows.labels, rows.texts, data.label_names)
+                texts = rows.texts if tracking.may_quote(experiment) else None
+                tracking.log_validation(tracked_run, logits, rows.labels, texts, data.label_names)
     return Run(folder)
 
 
@@ -206,14 +212,14 @@ def _environment(device: torch.device | None, data: TextData, base: Base) -> dic
 
 
 def _trainer(
-    experiment: Experiment, prepared: Prepared, data: TextData, folder: Path, tracked: bool, progress: bool
+    experiment: Experiment, prepared: Prepared, data: TextData, folder: Path, trackers: Sequence[str], progress: bool
 ) -> KitTrainer:
     return KitTrainer(
         spec=experiment.training,
         lengths=[len(row) for row in prepared.tokens["train"]],
         model=prepared.model,
         args=arguments_of_run(
-            experiment, folder, device=prepared.device, rows=len(data.train), tracked=tracked, progress=progress
+            experiment, folder, device=prepared.device, rows=len(data.train), trackers=trackers, progress=progress
         ),
         **trainer_data(experiment, prepared.tokenizer, data, prepared.tokens),
     )

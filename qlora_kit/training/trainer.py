@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer
+
+# Where WANDB_MODE is offline, this import prints a line, which would stand before what a command prints as JSON.
+with contextlib.redirect_stdout(sys.stderr):
+    from transformers import Trainer
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from ..config.sections import TrainingSpec

@@ -185,7 +185,6 @@ class _Watcher:
             device=self.device,
             precision=prepared.precision,
             steps=spec.max_steps or 1,
-            tracked=False,
             progress=False,
         )
         arguments.eval_strategy = arguments.save_strategy = "no"

@@ -179,18 +179,25 @@ def prepared(path: Path) -> Any:
 
     book = nbformat.read(path, as_version=4)
     (place,) = [at for at, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", ())]
+    for cell in book.cells:  # of a project without an address, as somebody fills in the field
+        cell.source = cell.source.replace('REPOSITORY = ""', f'REPOSITORY = "{address()}"')
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(f'preset = "{PRESET}"'))
     return book
 
 
+def address() -> str:
+    """Return the repository's address, or one for a project that has none yet: git is told what stands for it."""
+    found = re.findall(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return str(found[0]) if found else "https://github.com/some-one/kit"
+
+
 def kernel(python: Path, folder: Path) -> dict[str, str]:
     """Write the description of a kernel that starts as Colab's does; return the variables that make Jupyter find it."""
-    address = re.findall(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
     environment = {
         # A `file://` address, so that git fetches from it as it would from the network.
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{ROOT}.insteadOf",
-        "GIT_CONFIG_VALUE_0": address,
+        "GIT_CONFIG_VALUE_0": address(),
         "COLAB_RELEASE_TAG": "release-colab",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # of a frozen Python, whose warning is no red line of pip's
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",

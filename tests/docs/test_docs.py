@@ -56,12 +56,16 @@ def test_every_page_is_there(site: Path):
     assert {
         "index.html",
         "contributing.html",
+        *(f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")),
         "results.html",
         "command-line.html",
         "api/index.html",
+        "api/internals.html",
         "notebooks/index.html",
     } <= pages
-    assert not list(site.rglob("hooks*"))
+    assert (
+        not list(site.rglob("hooks*")) and not (site / "ten_lines.json").exists() and not (site / "diagrams").exists()
+    )
 
 
 def test_every_file_of_a_package_is_a_section(site: Path):
@@ -77,6 +81,18 @@ def test_what_the_package_exports_is_described(site: Path):
     training = words(site / "api" / "training.html")
     for heading in ("Parameters:", "Returns:", "Raises:"):
         assert heading in training
+
+
+def test_the_first_page_of_the_api_is_short_and_the_rest_is_among_the_internals(site: Path):
+    first, rest = (words(site / "api" / f"{name}.html") for name in ("index", "internals"))
+    short = {name for name in EXPORTS if re.search(rf"\bqk\.{name}\b", first)}
+    assert len(short) <= 12 and {"text_classification", "finetune", "evaluate", "load_run"} <= short
+    assert {name for name in EXPORTS if re.search(rf"\bqk\.{name}\b", rest)} == set(EXPORTS) - short
+
+
+def test_diagrams_are_drawn_without_a_script(site: Path):
+    page = (site / "how_it_works.html").read_text()
+    assert page.count('<svg id="diagram-') == 2 and "mermaid.min.js" not in page and "```" not in page
 
 
 def test_an_executed_notebook_has_its_outputs_and_another_says_that_it_has_none(site: Path):
@@ -107,7 +123,20 @@ def test_the_command_line_is_described(site: Path):
         assert f"usage: python -m qlora_kit {command.NAME}" in shown
 
 
-@pytest.mark.parametrize("page", ["index.html", "contributing.html", "api/training.html", "results.html"])
+FITTING = [
+    "index",
+    "contributing",
+    "api/index",
+    "api/training",
+    "results",
+    "claims",
+    "how_it_works",
+    "your_data",
+    "serve",
+]
+
+
+@pytest.mark.parametrize("page", [f"{name}.html" for name in FITTING])
 def test_a_page_fits_a_phone(site: Path, page: str, tmp_path: Path):
     """In a real browser nothing makes the page wider than it is: what is wide scrolls within itself."""
     with browser(tmp_path) as shown:

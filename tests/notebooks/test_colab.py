@@ -24,6 +24,7 @@ from qlora_kit.notebooks.runtime import NEEDED
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAID = f"qlora_kit {__version__}\n"
 # What Colab's kernel has imported before the first cell runs.
+ADDRESS = colab.address() or "https://github.com/some-one/kit"
 IN_COLAB = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')"
 
 
@@ -33,10 +34,11 @@ def setup_cell(path: Path) -> str:
 
 
 def run(
-    python: Path | str, cwd: Path, *, before: str = "", after: str = "", **environment: str
+    python: Path | str, cwd: Path, *, before: str = "", after: str = "", address: str = ADDRESS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the cell of the first notebook as a kernel would: with the folder it was opened in as the current one."""
-    (code := cwd / "cell.py").write_text(f"{before}\n{setup_cell(NOTEBOOKS[0])}\n{after}")
+    cell = re.sub(r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address}"', setup_cell(NOTEBOOKS[0]), flags=re.MULTILINE)
+    (code := cwd / "cell.py").write_text(f"{before}\n{cell}\n{after}")
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "WANDB_API_KEY")}
     kept |= {"CUDA_VISIBLE_DEVICES": "", **environment}
     command = [str(python), "-c", f"exec(compile(open({str(code)!r}).read(), 'cell', 'exec'))"]
@@ -50,11 +52,13 @@ def test_nothing_is_out_of_date():
     address = colab.address()
     for path in NOTEBOOKS:
         book = nbformat.read(path, as_version=4)
-        assert colab.badge(address, f"notebooks/{path.name}") in book.cells[0].source, "make colab mends this"
+        shown = re.findall(r"^\[!\[Open in Colab\].*$", book.cells[0].source, re.MULTILINE)
+        assert shown == ([colab.badge(address, f"notebooks/{path.name}")] if address else []), "make colab mends this"
         assert book.cells[1].source == colab.setup_cell(), "make colab mends this"
         assert book.metadata.accelerator == "GPU" and book.metadata.colab.gpuType == "T4", "make colab mends this"
-        link = f"[{path.stem}](notebooks/{path.name}) {colab.badge(address, f'notebooks/{path.name}')} |"
-        assert link in (ROOT / "README.md").read_text(), f"README's table lacks {path.stem} or its badge"
+        assert f"[{path.stem}](notebooks/{path.name})" in (ROOT / "README.md").read_text()
+    if address is None:
+        assert "colab.research.google.com" not in (ROOT / "README.md").read_text()
 
 
 def test_the_cell_has_the_versions_that_stand_elsewhere():
@@ -78,8 +82,9 @@ def test_the_oldest_torch_is_asked_for(clone: Path):
 def clone(tmp_path: Path) -> Path:
     """The files that `make colab` may write, in a folder of their own."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    project = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(re.sub(r"(?m)^Repository = .*\n", "", project))
+    colab.apply(None, tmp_path)
     return tmp_path
 
 
@@ -88,14 +93,58 @@ def texts(folder: Path) -> dict[str, str]:
 
 
 def test_a_new_address_is_everywhere_and_the_second_time_changes_nothing(clone: Path):
-    before, old = texts(clone), colab.address(clone).removeprefix("https://github.com/")
-    changed = colab.apply("some-one/kit.2", clone)
-    assert {path.name for path in changed} >= {"pyproject.toml", "README.md", *(path.name for path in NOTEBOOKS)}
+    changed = colab.apply("some/kit", clone)
+    assert {path.name for path in changed} == {"pyproject.toml", *(path.name for path in NOTEBOOKS)}
+    before = texts(clone)
+    assert all("github.com/some/kit" in text for text in before.values())
+    colab.apply("some-one/kit.2", clone)
     for name, text in texts(clone).items():
-        assert old not in text, name
         # Each file is the one it was, with the new address in the old one's place.
-        assert text == before[name].replace(old, "some-one/kit.2"), name
+        assert text == before[name].replace("some/kit", "some-one/kit.2") != before[name], name
+    assert tomllib.loads((clone / "pyproject.toml").read_text())["project"]["urls"] == {
+        "Repository": "https://github.com/some-one/kit.2"
+    }
     assert colab.apply("some-one/kit.2", clone) == [] == colab.apply(None, clone)
+
+
+def git(folder: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("url", "slug"),
+    [
+        ("https://github.com/a-b/kit.2.git", "a-b/kit.2"),
+        ("https://name:s3cret@github.com/a-b/kit/", "a-b/kit"),
+        ("git@github.com:a-b/kit.git", "a-b/kit"),
+        ("ssh://git@github.com:22/a-b/kit", "a-b/kit"),
+        ("https://gitlab.com/a-b/kit.git", None),
+        ("https://github.com.example.org/a-b/kit", None),
+        ("/home/github.com/a-b/kit", None),
+        (None, None),
+    ],
+)
+def test_the_address_is_that_of_the_clones_own_remote(clone: Path, url: str | None, slug: str | None):
+    git(clone, "init", "-q")
+    if url is not None:
+        git(clone, "remote", "add", "origin", url)
+    assert colab.remote(clone) == slug
+    changed = colab.apply(None, clone)
+    if slug is None:
+        assert changed == [] and colab.address(clone) is None
+        assert all("colab-badge" not in text for text in texts(clone / "notebooks").values())
+    else:
+        assert colab.address(clone) == f"https://github.com/{slug}"
+        assert "s3cret" not in "".join(text for name, text in texts(clone).items() if ".git" not in name)
+        cell = setup_cell(clone / "notebooks" / NOTEBOOKS[0].name)
+        assert f'\nREPOSITORY = "https://github.com/{slug}"\n' in cell
+
+
+def test_a_folder_within_another_clone_has_no_address_of_its_own(tmp_path: Path):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "remote", "add", "origin", "https://github.com/an/other")
+    (tmp_path / "kit").mkdir()
+    assert colab.remote(tmp_path) == "an/other" and colab.remote(tmp_path / "kit") is None
 
 
 def test_a_notebook_that_has_neither_gets_both(clone: Path):
@@ -105,10 +154,13 @@ def test_a_notebook_that_has_neither_gets_both(clone: Path):
     assert colab.apply(None, clone) == [path]
     book = nbformat.read(path, as_version=4)
     assert [cell.cell_type for cell in book.cells] == ["markdown", "code", "code"]
-    assert book.cells[0].source.splitlines()[2] == colab.badge(colab.address(clone), "notebooks/09_new.ipynb")
-    assert setup_cell(path) == setup_cell(NOTEBOOKS[0])
+    assert book.cells[0].source == "# New\n\nWhat it is."
+    assert setup_cell(path) == setup_cell(clone / "notebooks" / NOTEBOOKS[0].name)
     assert book.metadata.accelerator == "GPU"
     nbformat.validate(book)
+    colab.apply("some/kit", clone)
+    badge = colab.badge("https://github.com/some/kit", "notebooks/09_new.ipynb")
+    assert nbformat.read(path, as_version=4).cells[0].source == f"# New\n\n{badge}\n\nWhat it is."
 
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("New")]), path)
     with pytest.raises(KitError, match="start with its title"):
@@ -123,10 +175,13 @@ def test_what_is_no_address_is_refused_before_anything_is_written(clone: Path, s
     assert texts(clone) == before
 
 
-def test_the_command_says_what_it_did(capsys: pytest.CaptureFixture[str]):
-    assert colab.main([]) == 0
-    assert capsys.readouterr().out == f"{colab.address()}: 0 files changed\n"
-    assert colab.main(["--help"]) == 2
+def test_the_command_says_what_it_did(clone: Path, capsys: pytest.CaptureFixture[str]):
+    assert colab.main([], clone) == 0
+    assert capsys.readouterr().out.startswith("no address, so no badges: the clone has no remote on GitHub")
+    assert colab.main(["some/kit"], clone) == 0
+    *files, last = capsys.readouterr().out.splitlines()
+    assert "pyproject.toml" in files and last == f"https://github.com/some/kit; {len(files)} files changed"
+    assert colab.main(["--help"], clone) == 2
     assert "OWNER/NAME" in capsys.readouterr().err
 
 
@@ -228,6 +283,13 @@ def test_a_runtime_whose_torch_is_too_old_is_told_so_before_anything_is_installe
     )
 
 
+def test_a_notebook_without_an_address_says_what_is_missing_before_anything_is_installed(tmp_path: Path, bare: Path):
+    done = run(bare, tmp_path, address="")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "no address to install it from" in line and "REPOSITORY" in line
+
+
 def test_what_pip_says_is_shown_where_it_cannot_install(tmp_path: Path, bare: Path):
     done = run(bare, tmp_path)
     assert done.returncode == 1
@@ -276,7 +338,7 @@ def test_the_installation_keeps_what_must_not_move_and_names_its_steps(lent: Pat
         assert {"--quiet", "--disable-pip-version-check", "--root-user-action=ignore"} <= set(words)
     # No newer W&B, though the kit can do more with it: its opentelemetry would break Colab's google-adk.
     assert [word for word in kit["words"] if "==" in word or ">=" in word or "@" in word] == [
-        f"qlora_kit[search,smollm2] @ git+{colab.address()}"
+        f"qlora_kit[search,smollm2] @ git+{ADDRESS}"
     ]
     (constraints,) = kit["constraints"]
     stay = {"torch==2.11.0+cu128", "numpy==2.1.3", "pandas==2.2.3", "huggingface_hub<2"}
@@ -322,13 +384,12 @@ def test_in_colab_the_cell_installs_from_the_repository_keeps_torch_and_asks_for
         if (ROOT / name).is_file():
             (repository / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, repository / name)
-    git = ["git", "-C", str(repository), "-c", "user.name=kit", "-c", "user.email=kit@example.org"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "The tree as it is"]):
-        subprocess.run([*git, *words], check=True)
+        git(repository, "-c", "user.name=kit", "-c", "user.email=kit@example.org", *words)
     redirect = {
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
-        "GIT_CONFIG_VALUE_0": colab.address(),
+        "GIT_CONFIG_VALUE_0": ADDRESS,
     }
 
     python = environment(tmp_path / "venv")

@@ -75,9 +75,9 @@ def test_formulas_are_read_without_a_script():
     assert with_formulas("$$\\begin{cases}1\\end{cases}$$") == "`\\begin{cases}1\\end{cases}`"
 
 
-def test_diagrams_of_the_notebooks_are_pictures_of_the_sources_in_readme(tmp_path: Path):
+def test_diagrams_of_the_notebooks_are_pictures_of_the_sources_in_docs(tmp_path: Path):
     """Colab shows the source of a Mermaid diagram, and no attachment of a cell: a picture has to stand in its text."""
-    sources = re.findall(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    sources = re.findall(r"```mermaid\n(.*?)```", (ROOT / "docs" / "how_it_works.md").read_text(), flags=re.DOTALL)
     drawn = {f"diagram-{hashlib.sha256(source.encode()).hexdigest()[:12]}" for source in sources}
     found = 0
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -88,7 +88,7 @@ def test_diagrams_of_the_notebooks_are_pictures_of_the_sources_in_readme(tmp_pat
                 continue
             found += 1
             # npx -p @mermaid-js/mermaid-cli mmdc --theme neutral --scale 1.2 --input DIAGRAM.mmd --output FILE
-            assert cell.id in drawn, f"README's diagram was changed: draw the one in {notebook.name} anew"
+            assert cell.id in drawn, f"the docs' diagram was changed: draw the one in {notebook.name} anew"
             words, picture = re.fullmatch(r"!\[([^\]]+)\]\(data:image/png;base64,([\w+/=]+)\)", cell.source).groups()
             assert base64.b64decode(picture).startswith(b"\x89PNG") and len(words) > 40
             write_notebook_page(notebook, tmp_path / "page.html")

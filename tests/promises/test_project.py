@@ -182,8 +182,8 @@ def test_make_neither_expands_nor_runs_what_stands_in_a_value(tmp_path: Path, pl
     assert not ran.exists()
 
 
-def test_readme_says_what_can_be_set():
-    (table,) = re.findall(r"\| variable \|.*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
+def test_the_docs_say_what_can_be_set():
+    (table,) = re.findall(r"\| variable \|.*\n((?:\|.*\n)+)", (ROOT / "docs" / "run_notebooks.md").read_text())
     told = re.findall(r"^\| `(\w+)=", table, re.MULTILINE)
     assert sorted(told) == sorted(re.findall(r"^(\w+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
 

@@ -240,9 +240,7 @@ def test_the_seed_is_that_of_the_order_of_rows_and_of_dropout(topics, tiny_exper
     first, again, other = order(5, "first"), order(5, "again"), order(6, "other")
     assert first == again != other
     spec = TrainingSpec(seed=5)
-    arguments = training.training_arguments(
-        spec, tmp_path, device=CPU, precision="fp32", steps=1, tracked=False, progress=False
-    )
+    arguments = training.training_arguments(spec, tmp_path, device=CPU, precision="fp32", steps=1, progress=False)
     assert arguments.seed == arguments.data_seed == 5
 
 
@@ -260,9 +258,7 @@ def test_the_seed_is_that_of_the_order_of_rows_and_of_dropout(topics, tiny_exper
 )
 def test_the_learning_rate_is_what_warm_up_and_schedule_make_of_it(tmp_path, changes, expected):
     spec = TrainingSpec(learning_rate=0.25, optimizer="sgd", **changes)
-    arguments = training.training_arguments(
-        spec, tmp_path, device=CPU, precision="fp32", steps=10, tracked=False, progress=False
-    )
+    arguments = training.training_arguments(spec, tmp_path, device=CPU, precision="fp32", steps=10, progress=False)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
     schedule = transformers.get_scheduler(
         arguments.lr_scheduler_type, optimizer, num_warmup_steps=arguments.warmup_steps, num_training_steps=10
@@ -313,7 +309,7 @@ def test_speed_is_that_of_the_epochs_that_were_timed():
 def test_loader_workers_are_as_many_as_were_asked_for(tmp_path):
     for workers in (0, 2):
         arguments = training.training_arguments(
-            TrainingSpec(workers=workers), tmp_path, device=CPU, precision="fp32", steps=1, tracked=False,
+            TrainingSpec(workers=workers), tmp_path, device=CPU, precision="fp32", steps=1,
             progress=False,
         )  # fmt: skip
         assert arguments.dataloader_num_workers == workers
@@ -605,7 +601,7 @@ def test_only_arguments_that_old_and_new_transformers_share_are_used():
 def test_an_evaluation_has_the_rows_that_were_asked_for(tmp_path, own, given, rows):
     spec = TrainingSpec(batch_size=16, eval_batch_size=own)
     arguments = training.training_arguments(
-        spec, tmp_path, device=CPU, precision="fp32", steps=1, tracked=False, progress=False, eval_rows=given
+        spec, tmp_path, device=CPU, precision="fp32", steps=1, progress=False, eval_rows=given
     )
     assert arguments.per_device_eval_batch_size == rows
 

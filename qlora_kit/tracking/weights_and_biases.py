@@ -1,7 +1,19 @@
-"""Log runs to W&B, in addition to their folders: online with a login, offline without one.
+"""Log runs to W&B: online with a login, offline without one.
 
-The log must never cost a run. So whatever fails here while a run trains or is tested gives one warning, and the run
-goes on without its log. The only error is before training: if `online` was asked for and W&B opens no run.
+What W&B gets, and what `wandb sync` uploads of an offline run:
+
+- the experiment: every setting, the paths of data files and the names of their columns included; the Trainer's
+  arguments and the adapters' settings; the model's configuration, which names the labels;
+- by step and epoch: losses, learning rate, gradient norm, validation metrics, speed, peak memory;
+- after training: precision, recall and F1 by label, the confusion matrix, and the pairs of labels most often confused,
+  on validation rows; after `evaluate` the same on test rows, with the baselines' scores;
+- what W&B itself takes of the machine: its name, processors, GPUs, disk and memory and how busy they are, the operating
+  system, the versions of Python and of the installed packages, the program's path and arguments, and the commit and
+  address of the git repository that it is started in.
+
+No text of a row is among them, unless the data is Banking77 or `tracking.log_texts` is true: then three validation
+texts for each pair of labels that are often confused. The adapters, checkpoints and code are not uploaded, and what the
+program prints is not either.
 """
 
 from __future__ import annotations
@@ -19,13 +31,15 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from .config.experiment import Experiment
-from .errors import KitError
-from .metrics.confusions import confusions
-from .metrics.scores import per_label
-from .runs.folder import RunFolder
-from .system.files import write_json
-from .system.parsing import SCHEMA, read_json
+from ..config.experiment import Experiment
+from ..config.sections import TrackingSpec
+from ..errors import KitError
+from ..metrics.confusions import confusions
+from ..metrics.scores import per_label
+from ..runs.folder import RunFolder
+from ..system.files import write_json
+from ..system.parsing import SCHEMA, read_json
+from .guarding import in_words, quiet_log_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +81,7 @@ def opened(experiment: Experiment, out: Path, name: str) -> Iterator[wandb.Run |
     Raises:
         KitError: When `online` was asked for and W&B opens no run. With `auto` the run is offline instead.
     """
-    mode, file = wandb_mode(experiment.tracking.wandb), out / name / FILE
+    mode, file = _wanted(experiment.tracking), out / name / FILE
     # Delete the note of an earlier part of the training, which was tracked and interrupted.
     file.unlink(missing_ok=True)
     run = None if mode is None else _init(experiment, out, name, mode)
@@ -93,39 +107,25 @@ def _attempt(run: wandb.Run, log: Callable[[], object]) -> None:
     if run.id in _failed:
         return
     try:
-        with _quiet_log_files():
+        with quiet_log_files():
             log()
     except Exception as error:
         _failed.add(run.id)
-        logger.warning("W&B failed, and from here on this run is not logged: %s.", _in_words(error))
+        logger.warning("W&B failed, and from here on this run is not logged: %s.", in_words(error))
 
 
 def _finish(run: wandb.Run, exit_code: int = 0) -> None:
     """End an open run, so that its log is sent or written. After a failure do not warn again."""
     try:
-        with _quiet_log_files():
+        with quiet_log_files():
             run.finish(exit_code=exit_code)
         # W&B's own process writes the log of an offline run, and does not report a full disk.
         if run.offline and shutil.disk_usage(run.dir).free < BLOCK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), run.dir)
     except Exception as error:
         if run.id not in _failed:
-            logger.warning("W&B failed as it ended, and its log may not be whole: %s.", _in_words(error))
+            logger.warning("W&B failed as it ended, and its log may not be whole: %s.", in_words(error))
     _failed.discard(run.id)
-
-
-@contextlib.contextmanager
-def _quiet_log_files() -> Iterator[None]:
-    """Keep logging from printing a traceback for each line that W&B cannot write into its own debug.log."""
-    before, logging.raiseExceptions = logging.raiseExceptions, False
-    try:
-        yield
-    finally:
-        logging.raiseExceptions = before
-
-
-def _in_words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
 
 
 def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str | None = None) -> wandb.Run | None:
@@ -141,7 +141,7 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
         import wandb
 
         out.mkdir(parents=True, exist_ok=True)
-        with _quiet_log_files():
+        with quiet_log_files():
             return wandb.init(
                 project=experiment.tracking.project,
                 name=name,
@@ -155,7 +155,7 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
                 reinit="create_new" if resumed else "finish_previous",
             )
     except Exception as error:
-        reason = _in_words(error)
+        reason = in_words(error)
         if experiment.tracking.wandb == "online" and not resumed:
             raise KitError(
                 f"W&B does not open a run: {reason}. Log in with `wandb login`, or set tracking.wandb to offline or "
@@ -189,8 +189,17 @@ def guard_callback(run: wandb.Run | None, trainer: Trainer) -> None:
                     setattr(callback, name, guarded(getattr(callback, name)))
 
 
+def may_quote(experiment: Experiment) -> bool:
+    """Return whether texts of an experiment's rows may go into a log that others read: public ones, or if asked."""
+    return experiment.data.is_public or experiment.tracking.log_texts
+
+
 def log_validation(
-    run: wandb.Run | None, logits: np.ndarray, labels: Sequence[int], texts: Sequence[str], names: Sequence[str]
+    run: wandb.Run | None,
+    logits: np.ndarray,
+    labels: Sequence[int],
+    texts: Sequence[str] | None,
+    names: Sequence[str],
 ) -> None:
     """Log a trained model's results on the validation rows, label by label, as W&B's own charts and tables.
 
@@ -198,8 +207,8 @@ def log_validation(
         run: The open run; with None nothing is done.
         logits: Logits of the validation rows, `[rows, classes]`.
         labels: Their true classes `[rows]`.
-        texts: Their texts `[rows]`. Those that the model is most wrong about go into W&B's table, and to its servers
-            only if the run is online.
+        texts: Their texts `[rows]`, of which those that the model is most wrong about go into W&B's table; None for
+            texts that are to stay here (see `may_quote`): then the table has the confused labels alone.
         names: Label of each class.
     """
     if run is None:
@@ -226,7 +235,7 @@ def read_note(run: RunFolder) -> dict[str, Any] | None:
         KitError: When the note is damaged.
     """
     file = run.path / FILE
-    if wandb_mode(run.experiment.tracking.wandb) is None or not file.is_file():
+    if _wanted(run.experiment.tracking) is None or not file.is_file():
         return None
     note = read_json(file)
     # The id becomes part of a folder's name.
@@ -250,7 +259,7 @@ def log_test(run: RunFolder, labels: Sequence[int], result: Mapping[str, Any]) -
     Raises:
         KitError: When the folder's note is damaged (see `read_note`).
     """
-    note, mode = read_note(run), wandb_mode(run.experiment.tracking.wandb)
+    note, mode = read_note(run), _wanted(run.experiment.tracking)
     if note is None or mode is None:
         return
     if note.get("offline"):
@@ -327,13 +336,14 @@ def _matrix(split: str, labels: Sequence[int], predicted: Sequence[int], names: 
 
 
 def _confused(
-    logits: np.ndarray, labels: Sequence[int], texts: Sequence[str], names: Sequence[str]
+    logits: np.ndarray, labels: Sequence[int], texts: Sequence[str] | None, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return one row per example of the most often confused labels."""
+    """Return the labels most often confused: one row per example text, or without texts one per pair of labels."""
+    pairs = confusions(logits, labels, names, texts if texts is not None else [""] * len(labels), most=20)
     return [
         {key: pair[key] for key in ("true", "predicted", "count", "share")} | example
-        for pair in confusions(logits, labels, names, texts, most=20)
-        for example in pair["examples"]
+        for pair in pairs
+        for example in (pair["examples"] if texts is not None else [{}])
     ]
 
 
@@ -342,6 +352,11 @@ def _table(rows: list[dict[str, Any]]) -> wandb.Table:
 
     columns: list[str | int] = list(rows[0]) if rows else ["nothing was confused"]
     return wandb.Table(columns=columns, data=[list(row.values()) for row in rows])
+
+
+def _wanted(spec: TrackingSpec) -> str | None:
+    """Return W&B's mode for a run, or None where it is not to be tracked there."""
+    return wandb_mode(spec.wandb) if "wandb" in spec.trackers else None
 
 
 def wandb_mode(wanted: str) -> str | None:
