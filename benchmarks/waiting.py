@@ -35,7 +35,7 @@ PRESET = "minilm_banking77_qlora"
 WAYS = ("spinning", "asleep", "one_thread")
 KEY = ("device", "way", "beside")
 WARM = 3  # steps before the first turn
-TURN = 60.0  # seconds after which a turn ends with the step that runs
+TURN = 30.0  # seconds after which a turn ends with the step that runs
 
 
 @told_in_a_line

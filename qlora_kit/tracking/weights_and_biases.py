@@ -38,6 +38,7 @@ from ..metrics.confusions import confusions
 from ..metrics.scores import per_label
 from ..runs.folder import RunFolder
 from ..system.files import write_json
+from ..system.home import home, instead_of_home, is_writable
 from ..system.parsing import SCHEMA, read_json
 from .guarding import in_words, quiet_log_files
 
@@ -138,6 +139,7 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
         KitError: When a new run must be `online` and W&B opens none.
     """
     try:
+        _find_folders()
         import wandb
 
         out.mkdir(parents=True, exist_ok=True)
@@ -166,6 +168,25 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
             return _init(experiment, out, name, "offline", resumed)
         logger.warning("W&B does not open a run, so nothing is logged: %s.", reason)
         return None
+
+
+def _find_folders() -> None:
+    """Let W&B keep its own files in a temporary folder, where it would keep them in a home that cannot be written.
+
+    It reads these settings when it is imported and when it opens its first run. Folders that the user has named stay.
+    """
+    own = home()
+    places = {
+        "WANDB_DATA_DIR": os.environ.get("XDG_DATA_HOME") or (own and own / ".local" / "share"),
+        "WANDB_CACHE_DIR": os.environ.get("XDG_CACHE_HOME") or (own and own / ".cache"),
+    }
+    for name, place in places.items():
+        if name not in os.environ and not (place and is_writable(Path(place) / "wandb")):
+            os.environ[name] = str(instead_of_home() / name.lower())
+    if own is None:
+        # These are only read, and W&B ends where it cannot tell whose home they are in.
+        os.environ.setdefault("WANDB_CONFIG_DIR", str(instead_of_home()))
+        os.environ.setdefault("NETRC", str(instead_of_home() / ".netrc"))
 
 
 def guard_callback(run: wandb.Run | None, trainer: Trainer) -> None:

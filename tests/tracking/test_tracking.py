@@ -20,6 +20,7 @@ from qlora_kit import evaluation, tracking
 from qlora_kit.config.experiment import Experiment
 from qlora_kit.config.sections import ModelSpec, TrackingSpec
 from qlora_kit.system.files import write_json, write_text
+from qlora_kit.tracking import weights_and_biases
 
 FINETUNE = """
 import sys, qlora_kit as qk
@@ -95,6 +96,26 @@ def test_a_training_that_fails_is_no_success_in_wandb(wandb_free, tmp_path):
         raise KeyboardInterrupt
     codes = [record.exit.exit_code for record in records_of(written(tmp_path)) if record.HasField("exit")]
     assert codes == [1]
+
+
+def test_texts_are_logged_where_they_are_public_or_the_user_asks(tiny_experiment):
+    own = tiny_experiment("bert", data__name="rows.csv")
+    assert not tracking.may_quote(own)
+    assert tracking.may_quote(own.override({"tracking.log_texts": True}))
+    assert tracking.may_quote(tiny_experiment("bert", data__name="banking77"))
+    # Rows of the user's own beside Banking77's.
+    assert not tracking.may_quote(tiny_experiment("bert", data__name="banking77", data__validation="rows.csv"))
+
+
+def test_a_pair_that_is_confused_is_logged_without_its_texts(wandb_free, tmp_path):
+    with tracking.opened(tracked("offline"), tmp_path, "mine") as run:
+        tracking.log_validation(run, np.eye(2)[[1, 1, 0]], [0, 0, 1], None, ["x", "y"])
+    file = written(tmp_path)
+    (logged,) = read(file)[1]
+    assert table(file, logged["validation/confusions"]) == {
+        "columns": ["true", "predicted", "count", "share"], "data": [["x", "y", 2, 1.0], ["y", "x", 1, 1.0]],
+        "ncols": 4, "nrows": 2,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -270,7 +291,7 @@ def test_a_run_is_trained_resumed_and_tested_though_its_log_fails(
 
     def told() -> int:
         """Return how many warnings there were about W&B since the last call."""
-        found = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+        found = [record.getMessage() for record in caplog.records if record.name.startswith(tracking.__name__)]
         caplog.clear()
         assert all("W&B" in text and "\n" not in text for text in found), found
         return len(found)
@@ -309,7 +330,7 @@ def test_the_run_is_whole_before_w_and_b_is_given_the_last(trained, topics, tmp_
 def test_a_server_that_does_not_answer_is_no_reason_not_to_train(monkeypatch, wandb_free, tmp_path, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
+    monkeypatch.setattr(weights_and_biases, "INIT_SECONDS", 2)
     with tracking.opened(tracked("auto"), tmp_path, "mine") as run:
         run.log({"loss": 1.0})
     assert "this one is offline" in caplog.text
@@ -339,6 +360,12 @@ def test_a_real_offline_run_holds_the_experiment_and_the_metrics(topics, tiny_ex
     assert {"train/loss", "eval/loss", "eval/accuracy", "eval/f1_macro", "train/tokens_per_second"} <= keys, keys
     assert {"train/epoch_seconds", "train/peak_bytes"} <= keys, keys
     assert {"validation/confusion_matrix_table", "validation/per_label", "validation/confusions"} <= keys, keys
+    # No text of the user's rows is in anything that `wandb sync` would upload.
+    texts = [text.encode() for split in topics.splits().values() for text in split.texts]
+    files = [item.read_bytes() for item in (tmp_path / "runs" / "wandb").rglob("*") if item.is_file()]
+    assert not [text for text in texts for content in files if text in content]
+    (logged,) = [row["validation/confusions"] for row in history if "validation/confusions" in row]
+    assert table(file, logged)["columns"] == ["true", "predicted", "count", "share"]
     # The validation rows' scores must not pass for test scores.
     assert not [key for key in keys if key.startswith("test/")], keys
     assert b"plantedplanted" not in file.read_bytes()
