@@ -12,8 +12,8 @@ What W&B gets, and what `wandb sync` uploads of an offline run:
   address of the git repository that it is started in.
 
 No text of a row is among them, unless the data is Banking77 or `tracking.log_texts` is true: then three validation
-texts for each pair of labels that are often confused. The adapters, checkpoints and code are not uploaded, and what the
-program prints is not either.
+texts for each pair of labels that are often confused. Code is not uploaded, nor what the program prints, nor, unless
+you set `WANDB_LOG_MODEL`, the adapters and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from packaging.version import Version
 
@@ -57,6 +58,8 @@ TABLE_ROWS = 10_000
 BLOCK = 2**15
 # The file in a run folder that names the W&B run of its training.
 FILE = "tracking.json"
+# W&B's servers, by the names under which `wandb login` keeps a key: of 0.31 and newer, and of all versions before.
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 # Before this version an offline part did not say that it continues a run, and replaced what the run had
 # (wandb/wandb#4624).
 RESUMES_OFFLINE = Version("0.31")
@@ -399,6 +402,7 @@ def wandb_mode(wanted: str) -> str | None:
         return "online"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         # wandb keeps its key in the file that NETRC names, if it is set.
-        if netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai"):
+        keys, own = netrc.netrc(os.environ.get("NETRC")), os.environ.get("WANDB_BASE_URL")
+        if any(map(keys.authenticators, [urlsplit(own).netloc] if own else HOSTS)):
             return "online"
     return "offline"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -136,9 +137,10 @@ def test_mlflow_has_the_losses_in_the_experiment_of_the_project(topics, tiny_exp
 
 
 @pytest.mark.skipif(not HERE["trackio"], reason="the extra is not installed")
-def test_trackio_has_the_losses_in_the_project(topics, tiny_experiment, tmp_path):
+def test_trackio_has_the_losses_in_the_project(topics, tiny_experiment, tmp_path, monkeypatch):
     import sqlite3
 
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at its first import
     from trackio import utils
 
     experiment = tiny_experiment(
@@ -146,6 +148,9 @@ def test_trackio_has_the_losses_in_the_project(topics, tiny_experiment, tmp_path
     )
     run = qk.finetune(experiment, data=topics, out=tmp_path / "runs", name="one", progress=False)
     with sqlite3.connect(utils.TRACKIO_DIR / "mine.db") as base:
-        rows = [text for (text,) in base.execute("SELECT metrics FROM metrics WHERE run_name = 'one'")]
-    assert any(str(run.training["losses"][-1]["loss"])[:6] in row for row in rows)
-    assert not [text for split in topics.splits().values() for text in split.texts if any(text in row for row in rows)]
+        rows = base.execute("SELECT metrics FROM metrics WHERE run_name = 'one'").fetchall()
+    logged = [json.loads(row) for (row,) in rows]
+    losses = [row["train/loss"] for row in logged if "train/loss" in row]
+    assert losses == [pytest.approx(entry["loss"]) for entry in run.training["losses"]]
+    written = (utils.TRACKIO_DIR / "mine.db").read_bytes()
+    assert not [text for split in topics.splits().values() for text in split.texts if text.encode() in written]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -55,8 +56,19 @@ def test_the_mode_follows_login_environment_and_wish(monkeypatch, wandb_free, tm
     assert tracking.wandb_mode("auto") is None
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    for host in weights_and_biases.HOSTS:
+        (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
+        assert tracking.wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
+    assert tracking.wandb_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example:8080 login user password secret\n")
     assert tracking.wandb_mode("auto") == "online"
+
+
+def test_the_installed_w_and_b_keeps_its_key_where_the_kit_looks(wandb_free):
+    import wandb
+
+    assert urlsplit(wandb.Settings().base_url).netloc in weights_and_biases.HOSTS
 
 
 def test_none_makes_no_run_and_no_folder(tmp_path):
