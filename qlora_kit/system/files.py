@@ -26,7 +26,7 @@ from typing import Any
 from ..errors import KitError
 from .arguments import a_path, takes
 from .environment import FULL
-from .home import home, instead_of_home, is_writable
+from .home import instead_of_home, is_writable
 
 
 def sha256(file: Path) -> str:
@@ -300,9 +300,8 @@ def cache_folder() -> Path:
     """
     if told := os.environ.get("QLORA_KIT_CACHE"):
         return Path(told)
-    own = home()
-    folder = own / ".cache" / "qlora_kit" if own is not None else None
+    folder = Path.home() / ".cache" / "qlora_kit"
     # A folder that somebody has filled may be read, though nothing can be added to it.
-    if folder is not None and (folder.is_dir() or is_writable(folder)):
+    if folder.is_dir() or is_writable(folder):
         return folder
     return instead_of_home() / ".cache" / "qlora_kit"

@@ -5,17 +5,22 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 
-def home() -> Path | None:
-    """Return the user's home; None where nothing says it: no `HOME`, and a user without an entry in the passwd file."""
+def give_home() -> None:
+    """Set `HOME` to `instead_of_home`, where nothing says where the home is: no `HOME`, and a user without a name.
+
+    Libraries would end there, or make a folder named `~` in the folder that the program was started in. `import
+    qlora_kit` calls this.
+    """
     try:
-        return Path.home()
+        Path.home()
     except RuntimeError:
-        return None
+        os.environ["HOME"] = str(instead_of_home())
 
 
 def is_writable(folder: Path) -> bool:

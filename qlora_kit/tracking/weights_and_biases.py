@@ -39,7 +39,7 @@ from ..metrics.confusions import confusions
 from ..metrics.scores import per_label
 from ..runs.folder import RunFolder
 from ..system.files import write_json
-from ..system.home import home, instead_of_home, is_writable
+from ..system.home import instead_of_home, is_writable
 from ..system.parsing import SCHEMA, read_json
 from .guarding import in_words, quiet_log_files
 
@@ -178,18 +178,13 @@ def _find_folders() -> None:
 
     It reads these settings when it is imported and when it opens its first run. Folders that the user has named stay.
     """
-    own = home()
     places = {
-        "WANDB_DATA_DIR": os.environ.get("XDG_DATA_HOME") or (own and own / ".local" / "share"),
-        "WANDB_CACHE_DIR": os.environ.get("XDG_CACHE_HOME") or (own and own / ".cache"),
+        "WANDB_DATA_DIR": os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share",
+        "WANDB_CACHE_DIR": os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache",
     }
     for name, place in places.items():
-        if name not in os.environ and not (place and is_writable(Path(place) / "wandb")):
+        if name not in os.environ and not is_writable(Path(place) / "wandb"):
             os.environ[name] = str(instead_of_home() / name.lower())
-    if own is None:
-        # These are only read, and W&B ends where it cannot tell whose home they are in.
-        os.environ.setdefault("WANDB_CONFIG_DIR", str(instead_of_home()))
-        os.environ.setdefault("NETRC", str(instead_of_home() / ".netrc"))
 
 
 def guard_callback(run: wandb.Run | None, trainer: Trainer) -> None:
@@ -387,14 +382,16 @@ def wandb_mode(wanted: str) -> str | None:
     """Return W&B's mode: `online`, `offline`, or None for no tracking.
 
     Args:
-        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is what the environment's
-            `WANDB_MODE` says, if it is set; else `online` if the user is logged in (`WANDB_API_KEY`, or a key that
-            `wandb login` has left), and `offline` otherwise.
+        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is no tracking if the environment's
+            `WANDB_DISABLED` is true, and what its `WANDB_MODE` says if that is set; else `online` if the user is logged
+            in (`WANDB_API_KEY`, or a key that `wandb login` has left), and `offline` otherwise.
     """
     if wanted == "none":
         return None
     if wanted != "auto":
         return wanted
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return None
     asked = os.environ.get("WANDB_MODE")
     if asked:
         return {"disabled": None, "dryrun": "offline"}.get(asked, asked)

@@ -55,6 +55,10 @@ def test_the_mode_follows_login_environment_and_wish(monkeypatch, wandb_free, tm
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracking.wandb_mode("auto") is None
     monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert tracking.wandb_mode("auto") is None
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    assert tracking.wandb_mode("auto") == "online"
     monkeypatch.delenv("WANDB_API_KEY")
     for host in weights_and_biases.HOSTS:
         (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
