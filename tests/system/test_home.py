@@ -59,6 +59,7 @@ def at_work(folder: Path, topics, experiment, before: str = "", **environment: s
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "environment"),
     [
