@@ -58,7 +58,7 @@ TABLE_ROWS = 10_000
 BLOCK = 2**15
 # The file in a run folder that names the W&B run of its training.
 FILE = "tracking.json"
-# W&B's servers, by the names under which `wandb login` keeps a key: of 0.31 and newer, and of all versions before.
+# W&B's server, by the names under which `wandb login` has kept a key for it: today's, and the one before.
 HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 # Before this version an offline part did not say that it continues a run, and replaced what the run had
 # (wandb/wandb#4624).
