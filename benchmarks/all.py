@@ -106,6 +106,7 @@ PIECES: Mapping[str, list[Piece]] = {
             Piece(f"soak{name}", "soak", "soak.py", words, 300, stops=False)
             for name, words in (("", ""), ("-one-shape", "--padding max_length"), ("-no-caches", "--caches off"))
         ),
+        Piece("waiting", "waiting", "waiting.py", "--append", 900, stops=False),
         Piece("mutation", "mutation", "mutation.py", "--sample 25 --seed 3", 7200, stops=False),
     ],
     "cuda": [

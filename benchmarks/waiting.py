@@ -35,7 +35,7 @@ PRESET = "minilm_banking77_qlora"
 WAYS = ("spinning", "asleep", "one_thread")
 KEY = ("device", "way", "beside")
 WARM = 3  # steps before the first turn
-TURN = 60.0  # seconds after which a turn ends with the step that runs
+TURN = 30.0  # seconds after which a turn ends with the step that runs
 
 
 @told_in_a_line
@@ -55,10 +55,10 @@ def main() -> int:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be 1 or more")
     provenance = recording.begin(options)
-    here, turns = race(options.steps, options.repeats)
+    ready, turns = race(options.steps, options.repeats)
     rows = [
-        provenance.stamped(row_of(here["environment"]["device"], here["batch"], *key, turns[key]), here["environment"])
-        for key in turns
+        provenance.stamped(row_of(ready[way], way, beside, turns[way, beside]), ready[way]["environment"])
+        for way, beside in turns
     ]
     recording.write(
         options.out,
@@ -79,7 +79,7 @@ def loads() -> list[int]:
     return sorted({0, max(1, cores // 2), cores})
 
 
-def race(steps: int, repeats: int) -> tuple[dict[str, Any], dict[tuple[str, int], list[dict[str, float]]]]:
+def race(steps: int, repeats: int) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, int], list[dict[str, float]]]]:
     """Let the ways take turns beside each load.
 
     Args:
@@ -87,14 +87,14 @@ def race(steps: int, repeats: int) -> tuple[dict[str, Any], dict[tuple[str, int]
         repeats: Turns of each way beside each load.
 
     Returns:
-        The environment and the batch size, and by way and load the turns, each with its `steps` and `seconds`.
+        By way its `environment` and `batch` size, and by way and load its turns, each with its `steps` and `seconds`.
     """
     workers = {way: Worker([sys.executable, __file__, "--one", way]) for way in WAYS}
-    ready: dict[str, Any] = {}
+    ready: dict[str, dict[str, Any]] = {}
     turns: dict[tuple[str, int], list[dict[str, float]]] = {(way, load): [] for load in loads() for way in WAYS}
     try:
         for way, worker in workers.items():
-            ready = worker.hear() or ready
+            ready[way] = worker.hear()
             if worker.problem is not None:
                 raise SystemExit(f"{way}: {worker.problem}")
         for repeat in range(repeats):
@@ -119,19 +119,19 @@ def race(steps: int, repeats: int) -> tuple[dict[str, Any], dict[tuple[str, int]
     return ready, turns
 
 
-def row_of(device: str, batch: int, way: str, beside: int, turns: list[dict[str, float]]) -> dict[str, Any]:
-    """Return the row of a way beside a load."""
+def row_of(ready: dict[str, Any], way: str, beside: int, turns: list[dict[str, float]]) -> dict[str, Any]:
+    """Return the row of a way beside a load; `ready` is what the way said at its start."""
     each = [turn["seconds"] / turn["steps"] for turn in turns]
     middle = statistics.median(each)
     return {
         "preset": PRESET,
-        "device": device,
+        "device": ready["environment"]["device"],
         "way": way,
         "beside": beside,
-        "batch": batch,
+        "batch": ready["batch"],
         "step_seconds": middle,
         "step_seconds_range": [min(each), max(each)],
-        "samples_per_second": batch / middle,
+        "samples_per_second": ready["batch"] / middle,
         "repeats": len(turns),
         "turns": turns,
     }

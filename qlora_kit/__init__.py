@@ -1,8 +1,8 @@
 """QLoRA made reproducible: an experiment goes in, a run folder comes out.
 
 Names are imported when first used, so `import qlora_kit` costs milliseconds and needs neither torch nor
-transformers until something is trained, measured or drawn. The import sets one thing: that torch's threads sleep while
-they wait (see `system.waiting`).
+transformers until something is trained, measured or drawn. The import sets that torch's threads sleep while they wait
+(see `system.waiting`), and gives a user without a home a temporary one (see `system.home`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .public import EXPORTS, MODULES
+from .system.home import give_home
 from .system.versions import VERSION as __version__
 from .system.waiting import wait_asleep
 
-# Before torch is loaded, which reads it then.
+# Before other libraries are loaded, which read their settings then.
+give_home()
 wait_asleep()
 
 __all__ = ["__version__", *EXPORTS]

@@ -76,6 +76,7 @@ RULES: dict[str, Callable[[Record], None]] = {
     "memory": rules_cost.memory,
     "paging": rules_cost.paging,
     "soak": rules_cost.soak,
+    "waiting": rules_cost.waiting,
     "mutation": rules_cost.mutation,
     "quantization": rules_cost.quantization,
 }

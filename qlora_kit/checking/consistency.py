@@ -65,6 +65,7 @@ ALIKE: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
         (("device",), ("kind",)),
         (("model", "kind"), ("layers", *SETTINGS, "batch")),
     ),
+    "waiting": ((("device", "command"), ("preset", "batch", "repeats")),),
     "mutation": ((("command",), ("sample", "seed")),),
     "architectures": ((("family",), ("model_type",)),),
     "quantization": (
@@ -83,7 +84,7 @@ RISING = (
     ("killed", "tried"),
     ("tried", "mutants"),
 )
-PAIRS = ("samples_per_second_range", "step_seconds_quartiles")  # lists of two ends
+PAIRS = ("samples_per_second_range", "step_seconds_quartiles", "step_seconds_range")  # lists of two ends
 OF_ROWS = ("device", "model", "preset", "contender", "method", "precision")  # keys of other lists that refer to rows
 BATCHES = ("speed", "speed_variants")  # records whose steps all have full batches
 

@@ -156,6 +156,17 @@ def soak(book: Record) -> None:
             book.same(where, key, row[key], grown)
 
 
+def waiting(book: Record) -> None:
+    """Compute the step times from the steps and seconds of each turn."""
+    for row in book.rows:
+        where = book.where(row)
+        each = [turn["seconds"] / turn["steps"] for turn in row["turns"]]
+        book.same(where, "repeats", row["repeats"], len(each))
+        book.same(where, "step_seconds", row["step_seconds"], statistics.median(each))
+        book.same(where, "step_seconds_range", row["step_seconds_range"], [min(each), max(each)])
+        book.same(where, "samples_per_second", row["samples_per_second"], row["batch"] / row["step_seconds"])
+
+
 def mutation(book: Record) -> None:
     """Count the kinds of mutants, and compute the share that tests noticed."""
     for row in book.rows:

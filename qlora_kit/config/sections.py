@@ -322,9 +322,10 @@ class TrackingSpec:
         _typed("tracking", self)
         names = [self.to] if isinstance(self.to, str) else list(dict.fromkeys(self.to))
         for name in names:
-            if name not in (*TRACKERS, "none") or (name == "none" and len(names) > 1):
-                raise unknown("tracking.to called" if name != "none" else "tracking.to with others called", name,
-                              [*TRACKERS, *(["none"] if len(names) == 1 else [])])  # fmt: skip
+            if name not in (*TRACKERS, "none"):
+                raise unknown("tracking.to called", name, [*TRACKERS, "none"])
+        if "none" in names and len(names) > 1:
+            raise KitError(f"tracking.to is {shown(names)}: none goes with no other")
         # One value for each meaning, so that equal settings are equal.
         object.__setattr__(self, "to", tuple(names) if len(names) > 1 else names[0] if names else "none")
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:") or not self.project.isprintable():

@@ -26,6 +26,7 @@ from typing import Any
 from ..errors import KitError
 from .arguments import a_path, takes
 from .environment import FULL
+from .home import instead_of_home, is_writable
 
 
 def sha256(file: Path) -> str:
@@ -293,5 +294,14 @@ def refuse_ways_out(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted weights: `QLORA_KIT_CACHE`, or `~/.cache/qlora_kit`."""
-    return Path(os.environ.get("QLORA_KIT_CACHE") or Path.home() / ".cache" / "qlora_kit")
+    """Return the folder for converted weights: `QLORA_KIT_CACHE`, or `~/.cache/qlora_kit`.
+
+    Where neither is there and nothing can be written into the home, it is a folder of this process alone.
+    """
+    if told := os.environ.get("QLORA_KIT_CACHE"):
+        return Path(told)
+    folder = Path.home() / ".cache" / "qlora_kit"
+    # A folder that somebody has filled may be read, though nothing can be added to it.
+    if folder.is_dir() or is_writable(folder):
+        return folder
+    return instead_of_home() / ".cache" / "qlora_kit"

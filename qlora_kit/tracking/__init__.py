@@ -9,7 +9,6 @@ from .others import guard_others as guard_others
 from .others import refuse_absent as refuse_absent
 from .others import reporting as reporting
 from .weights_and_biases import FILE as FILE
-from .weights_and_biases import INIT_SECONDS as INIT_SECONDS
 from .weights_and_biases import RESUMES_OFFLINE as RESUMES_OFFLINE
 from .weights_and_biases import guard_callback as guard_callback
 from .weights_and_biases import log_test as log_test

@@ -12,8 +12,8 @@ What W&B gets, and what `wandb sync` uploads of an offline run:
   address of the git repository that it is started in.
 
 No text of a row is among them, unless the data is Banking77 or `tracking.log_texts` is true: then three validation
-texts for each pair of labels that are often confused. The adapters, checkpoints and code are not uploaded, and what the
-program prints is not either.
+texts for each pair of labels that are often confused. Code is not uploaded, nor what the program prints, nor, unless
+you set `WANDB_LOG_MODEL`, the adapters and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from packaging.version import Version
 
@@ -38,6 +39,7 @@ from ..metrics.confusions import confusions
 from ..metrics.scores import per_label
 from ..runs.folder import RunFolder
 from ..system.files import write_json
+from ..system.home import instead_of_home, is_writable
 from ..system.parsing import SCHEMA, read_json
 from .guarding import in_words, quiet_log_files
 
@@ -56,6 +58,8 @@ TABLE_ROWS = 10_000
 BLOCK = 2**15
 # The file in a run folder that names the W&B run of its training.
 FILE = "tracking.json"
+# W&B's server, by the names under which `wandb login` has kept a key for it: today's, and the one before.
+HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")
 # Before this version an offline part did not say that it continues a run, and replaced what the run had
 # (wandb/wandb#4624).
 RESUMES_OFFLINE = Version("0.31")
@@ -138,6 +142,7 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
         KitError: When a new run must be `online` and W&B opens none.
     """
     try:
+        _find_folders()
         import wandb
 
         out.mkdir(parents=True, exist_ok=True)
@@ -166,6 +171,20 @@ def _init(experiment: Experiment, out: Path, name: str, mode: str, resumed: str 
             return _init(experiment, out, name, "offline", resumed)
         logger.warning("W&B does not open a run, so nothing is logged: %s.", reason)
         return None
+
+
+def _find_folders() -> None:
+    """Let W&B keep its own files in a temporary folder, where it would keep them in a home that cannot be written.
+
+    It reads these settings when it is imported and when it opens its first run. Folders that the user has named stay.
+    """
+    places = {
+        "WANDB_DATA_DIR": os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share",
+        "WANDB_CACHE_DIR": os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache",
+    }
+    for name, place in places.items():
+        if name not in os.environ and not is_writable(Path(place) / "wandb"):
+            os.environ[name] = str(instead_of_home() / name.lower())
 
 
 def guard_callback(run: wandb.Run | None, trainer: Trainer) -> None:
@@ -363,14 +382,16 @@ def wandb_mode(wanted: str) -> str | None:
     """Return W&B's mode: `online`, `offline`, or None for no tracking.
 
     Args:
-        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is what the environment's
-            `WANDB_MODE` says, if it is set; else `online` if the user is logged in (`WANDB_API_KEY`, or a key that
-            `wandb login` has left), and `offline` otherwise.
+        wanted: `auto`, `online`, `offline` or `none`, as in `TrackingSpec`. `auto` is no tracking if the environment's
+            `WANDB_DISABLED` is true, and what its `WANDB_MODE` says if that is set; else `online` if the user is logged
+            in (`WANDB_API_KEY`, or a key that `wandb login` has left), and `offline` otherwise.
     """
     if wanted == "none":
         return None
     if wanted != "auto":
         return wanted
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return None
     asked = os.environ.get("WANDB_MODE")
     if asked:
         return {"disabled": None, "dryrun": "offline"}.get(asked, asked)
@@ -378,6 +399,7 @@ def wandb_mode(wanted: str) -> str | None:
         return "online"
     with contextlib.suppress(OSError, netrc.NetrcParseError):
         # wandb keeps its key in the file that NETRC names, if it is set.
-        if netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai"):
+        keys, own = netrc.netrc(os.environ.get("NETRC")), os.environ.get("WANDB_BASE_URL")
+        if any(map(keys.authenticators, [urlsplit(own).netloc] if own else HOSTS)):
             return "online"
     return "offline"

@@ -40,6 +40,26 @@ def test_a_step_timed_once_is_its_own_median_and_quartiles(tmp_path: Path):
     assert check([out]).wrong == []
 
 
+@pytest.mark.long  # what spins takes long, as the record says
+def test_ways_to_wait_are_timed_beside_each_load(tmp_path: Path):
+    out = tmp_path / "waiting.json"
+    done = benchmark("waiting.py", "--steps", "1", "--repeats", "1", "--out", str(out), "--from-changes")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["way"] for row in rows} == {"spinning", "asleep", "one_thread"}
+    assert {row["beside"] for row in rows} >= {0, 1} and len({(row["way"], row["beside"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert row["step_seconds_range"] == [row["step_seconds"]] * 2 and row["turns"][0]["steps"] == 1
+        assert (row["environment"]["threads"] == 1) == (row["way"] == "one_thread")
+    assert check([out]).wrong == []
+
+
+@pytest.mark.parametrize("option", ["--steps", "--repeats"])
+def test_turns_of_nothing_are_refused(option: str):
+    done = benchmark("waiting.py", option, "0")
+    assert done.returncode == 2 and f"{option} must be 1 or more" in done.stderr
+
+
 @pytest.mark.parametrize("steps", ["19", "-1", "many"])
 def test_steps_too_few_to_be_timed_are_refused(steps: str):
     done = benchmark("t4.py", f"--recipe-steps={steps}")

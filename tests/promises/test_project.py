@@ -38,6 +38,10 @@ def pins(name: str = "constraints.txt") -> dict[str, Version]:
     return {canonicalize_name(one.name): Version(str(one.specifier).removeprefix("==")) for one in wanted}
 
 
+# Extras that `dev` goes without, so that no set of exact versions has them.
+UNPINNED = {"mlflow", "trackio"}
+
+
 def requirements() -> list[Requirement]:
     extras = PROJECT["optional-dependencies"].values()
     wanted = [Requirement(text) for text in [*PROJECT["dependencies"], *(text for extra in extras for text in extra)]]
@@ -47,6 +51,8 @@ def requirements() -> list[Requirement]:
 def test_every_requirement_is_pinned_to_a_version_that_it_allows():
     exact = pins()
     for wanted in requirements():
+        if wanted.name in UNPINNED:
+            continue
         pinned = exact.get(canonicalize_name(wanted.name))
         assert pinned is not None, f"constraints.txt lacks {wanted.name}"
         assert wanted.specifier.contains(pinned), f"{wanted} does not allow {pinned}"

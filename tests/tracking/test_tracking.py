@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from qlora_kit import evaluation, tracking
 from qlora_kit.config.experiment import Experiment
 from qlora_kit.config.sections import ModelSpec, TrackingSpec
 from qlora_kit.system.files import write_json, write_text
+from qlora_kit.tracking import weights_and_biases
 
 FINETUNE = """
 import sys, qlora_kit as qk
@@ -53,9 +55,36 @@ def test_the_mode_follows_login_environment_and_wish(monkeypatch, wandb_free, tm
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracking.wandb_mode("auto") is None
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    assert tracking.wandb_mode("auto") is None
+    monkeypatch.setenv("WANDB_DISABLED", "false")
     assert tracking.wandb_mode("auto") == "online"
+    monkeypatch.delenv("WANDB_API_KEY")
+    for host in weights_and_biases.HOSTS:
+        (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
+        assert tracking.wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
+    assert tracking.wandb_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine wandb.example:8080 login user password secret\n")
+    assert tracking.wandb_mode("auto") == "online"
+
+
+def test_the_installed_w_and_b_keeps_its_key_where_the_kit_looks(wandb_free):
+    import wandb
+
+    assert urlsplit(wandb.Settings().base_url).netloc in weights_and_biases.HOSTS
+
+
+def test_nothing_stands_before_what_a_command_prints(wandb_free):
+    # transformers prints a line as it is imported where WANDB_MODE is offline.
+    done = subprocess.run(
+        [sys.executable, "-c", "import qlora_kit.training; print('{}')"],
+        env=os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "{}\n", done.stderr
+    assert "offline" in done.stderr
 
 
 def test_none_makes_no_run_and_no_folder(tmp_path):
@@ -95,6 +124,25 @@ def test_a_training_that_fails_is_no_success_in_wandb(wandb_free, tmp_path):
         raise KeyboardInterrupt
     codes = [record.exit.exit_code for record in records_of(written(tmp_path)) if record.HasField("exit")]
     assert codes == [1]
+
+
+def test_texts_are_logged_where_they_are_public_or_the_user_asks(tiny_experiment):
+    own = tiny_experiment("bert", data__name="rows.csv")
+    assert not tracking.may_quote(own)
+    assert tracking.may_quote(own.override({"tracking.log_texts": True}))
+    assert tracking.may_quote(tiny_experiment("bert", data__name="banking77"))
+    # Rows of the user's own beside Banking77's.
+    assert not tracking.may_quote(tiny_experiment("bert", data__name="banking77", data__validation="rows.csv"))
+
+
+def test_a_pair_that_is_confused_is_logged_without_its_texts(wandb_free, tmp_path):
+    with tracking.opened(tracked("offline"), tmp_path, "mine") as run:
+        tracking.log_validation(run, np.eye(2)[[1, 1, 0]], [0, 0, 1], None, ["x", "y"])
+    file = written(tmp_path)
+    (logged,) = read(file)[1]
+    kept = table(file, logged["validation/confusions"])
+    assert kept["columns"] == ["true", "predicted", "count", "share"]
+    assert kept["data"] == [["x", "y", 2, 1.0], ["y", "x", 1, 1.0]]
 
 
 @pytest.fixture
@@ -226,9 +274,8 @@ def test_where_nothing_is_confused_the_tables_are_empty_and_the_chart_is_there(w
 @pytest.fixture
 def wandb_that_cannot_write(wandb_free, monkeypatch, tmp_path, request):
     """Take from W&B what it needs to write a table, in the way that the parameter says."""
-    if request.param == "home is no folder":
-        monkeypatch.setenv("HOME", os.devnull)
-        monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    if request.param == "its folder is none":
+        monkeypatch.setenv("WANDB_DATA_DIR", os.devnull)
         yield
         return
     folder = tmp_path / "wandb"
@@ -262,7 +309,7 @@ class StopAtStep(TrainerCallback):
     Version(metadata.version("wandb")) < tracking.RESUMES_OFFLINE,
     reason="this W&B cannot go on with an offline run: the kit says so, see below",
 )
-@pytest.mark.parametrize("wandb_that_cannot_write", ["home is no folder", "16k", "60k"], indirect=True)
+@pytest.mark.parametrize("wandb_that_cannot_write", ["its folder is none", "16k", "60k"], indirect=True)
 def test_a_run_is_trained_resumed_and_tested_though_its_log_fails(
     wandb_that_cannot_write, topics, tiny_experiment, tmp_path, caplog, capfd
 ):
@@ -270,7 +317,7 @@ def test_a_run_is_trained_resumed_and_tested_though_its_log_fails(
 
     def told() -> int:
         """Return how many warnings there were about W&B since the last call."""
-        found = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+        found = [record.getMessage() for record in caplog.records if record.name.startswith(tracking.__name__)]
         caplog.clear()
         assert all("W&B" in text and "\n" not in text for text in found), found
         return len(found)
@@ -309,7 +356,7 @@ def test_the_run_is_whole_before_w_and_b_is_given_the_last(trained, topics, tmp_
 def test_a_server_that_does_not_answer_is_no_reason_not_to_train(monkeypatch, wandb_free, tmp_path, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
+    monkeypatch.setattr(weights_and_biases, "INIT_SECONDS", 2)
     with tracking.opened(tracked("auto"), tmp_path, "mine") as run:
         run.log({"loss": 1.0})
     assert "this one is offline" in caplog.text
@@ -321,8 +368,8 @@ def test_a_server_that_does_not_answer_is_no_reason_not_to_train(monkeypatch, wa
 
 
 @pytest.mark.long
-def test_a_process_whose_home_cannot_be_written_trains_and_ends_well(topics, tiny_experiment, tmp_path):
-    result = trained_in_a_process(topics, tiny_experiment, tmp_path, HOME=os.devnull)
+def test_a_process_whose_log_cannot_be_written_trains_and_ends_well(topics, tiny_experiment, tmp_path):
+    result = trained_in_a_process(topics, tiny_experiment, tmp_path, WANDB_DATA_DIR=os.devnull)
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("W&B failed") == 1
     assert qk.load_run(tmp_path / "runs" / "tiny_bert_seed0").training["steps"] == 20
@@ -339,6 +386,12 @@ def test_a_real_offline_run_holds_the_experiment_and_the_metrics(topics, tiny_ex
     assert {"train/loss", "eval/loss", "eval/accuracy", "eval/f1_macro", "train/tokens_per_second"} <= keys, keys
     assert {"train/epoch_seconds", "train/peak_bytes"} <= keys, keys
     assert {"validation/confusion_matrix_table", "validation/per_label", "validation/confusions"} <= keys, keys
+    # No text of the user's rows is in anything that `wandb sync` would upload.
+    texts = [text.encode() for split in topics.splits().values() for text in split.texts]
+    files = [item.read_bytes() for item in (tmp_path / "runs" / "wandb").rglob("*") if item.is_file()]
+    assert not [text for text in texts for content in files if text in content]
+    (logged,) = [row["validation/confusions"] for row in history if "validation/confusions" in row]
+    assert table(file, logged)["columns"] == ["true", "predicted", "count", "share"]
     # The validation rows' scores must not pass for test scores.
     assert not [key for key in keys if key.startswith("test/")], keys
     assert b"plantedplanted" not in file.read_bytes()
