@@ -6,6 +6,7 @@ every metric has a 95% interval, and classifiers are compared on the same resamp
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from .baselines import baselines_of
 
 if TYPE_CHECKING:
     from ..data.rows import TextData
+
+logger = logging.getLogger(__name__)
 
 
 def data_of(run: Predictor, data: TextData | None = None) -> TextData:
@@ -154,7 +157,9 @@ def evaluate(
     )
     write_json(run.path / "evaluation.json", result)
     tracking.log_test(run, data.test.labels, result)
-    return Report(result)
+    report = Report(result)
+    logger.info("%s", report.verdict)
+    return report
 
 
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:
