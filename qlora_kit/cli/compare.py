@@ -51,7 +51,9 @@ def run(options: argparse.Namespace) -> int:
     for name, values in rows:
         print(harmless(f"{name:{width}}  " + "  ".join(f"{value:>26}" for value in values)))
     for row in found["differences"]:
-        print(harmless(f"by macro F1, {row['run']} and {row['minus']}: {lead_in_words(row['f1_macro'])}"))
+        lead = lead_in_words(row["f1_macro"])
+        words = {"ahead": "is ahead of", "behind": "is behind"}.get(lead, "is not told apart from")
+        print(harmless(f"{row['run']} {words} {row['minus']} in macro F1"))
     print("settings that differ:" if found["settings"] else "no setting differs")
     for name, values in found["settings"].items():
         print(harmless(f"  {name}: {', '.join(map(str, values))}"))

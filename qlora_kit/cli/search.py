@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import KitError
 from .experiment import add_experiment, read_experiment
-from .terminal import harmless, say
+from .terminal import harmless, off_stdout, say
 
 NAME = "search"
 SUMMARY = "search for better settings, on validation rows alone"
@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     spec = read_experiment(options)
-    from ..searching.search import search
-    from ..searching.space import parse_space
+    with off_stdout():
+        from ..searching.search import search
+        from ..searching.space import parse_space
 
     found = search(
         spec,
