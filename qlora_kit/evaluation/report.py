@@ -148,11 +148,7 @@ def evaluate(
                 "samples_per_second": len(data.test) / predict_seconds,
                 "total_seconds": time.perf_counter() - start,
             },
-            "environment": describe_environment(
-                next(run.load()[0].parameters()).device,
-                data_checksum=data.checksum,
-                base_checksum=run.environment["checksums"].get("base"),
-            ),
+            "environment": _environment(run, data),
         }
     )
     write_json(run.path / "evaluation.json", result)
@@ -182,6 +178,15 @@ def _beside(row: Mapping[str, Any], test: np.ndarray, data: TextData, resamples:
         for key in ("accuracy", "f1_macro")
     }
     return kept
+
+
+def _environment(run: Predictor, data: TextData) -> dict[str, Any]:
+    """Return the report's section on the machine and on what was tested."""
+    return describe_environment(
+        next(run.load()[0].parameters()).device,
+        data_checksum=data.checksum,
+        base_checksum=run.environment["checksums"].get("base"),
+    )
 
 
 def _about(data: TextData) -> dict[str, Any]:
