@@ -9,7 +9,6 @@ from typing import Any
 
 from .config.experiment import Experiment
 from .errors import KitError
-from .metrics.verdict import untested, verdict
 from .runs.predictor import Predictor
 from .system.arguments import FLAG, FOLDER, RUN_FOLDER, TEXT, a_path, takes
 from .system.files import write_text
@@ -37,6 +36,8 @@ class Run(Predictor):
 
         Before `qlora_kit.evaluate`, it tells the score on the validation rows, and that the run is not tested.
         """
+        from .metrics.verdict import untested, verdict
+
         report = self.evaluation
         if report is None:
             return untested(self.training)

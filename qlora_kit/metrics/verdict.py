@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Names of the baselines in figures, tables and sentences, in the order in which they are shown.
 BASELINE_NAMES = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
-# A score is called unsure if its 95% interval is at least this wide: 5 points up or down.
+# A score is called unsure if its 95% interval is at least this wide.
 WIDE = 0.1
 _SHOWN = {"accuracy": "accuracy", "f1_macro": "macro F1"}
 

@@ -132,7 +132,9 @@ def finetune(
                 # Log more only once the run is complete: W&B can fail or take long.
                 texts = rows.texts if tracking.may_quote(experiment) else None
                 tracking.log_validation(tracked_run, logits, rows.labels, texts, data.label_names)
-    return Run(folder)
+    run = Run(folder)
+    logger.info("%s", run.verdict)
+    return run
 
 
 def with_data(experiment: Experiment, data: TextData) -> Experiment:

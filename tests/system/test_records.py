@@ -514,7 +514,7 @@ def finished(folder: Path, name: str = "minilm_banking77_qlora", labels=("a", "b
 def test_a_run_folder_is_opened(tmp_path):
     run = load_run(finished(tmp_path / "run", labels=("1", "b")))
     assert run.label_names == ["1", "b"] and run.evaluation is None
-    assert run.experiment.name == "minilm_banking77_qlora" and repr(run) == f"Run({str(run.path)!r})"
+    assert run.experiment.name == "minilm_banking77_qlora" and repr(run).startswith(f"Run {run.path}: ")
     write_json(run.path / "evaluation.json", {"metrics": {}})
     with pytest.raises(KitError, match=r"evaluation\.json: the whole: 'schema' is a required property"):
         _ = run.evaluation
