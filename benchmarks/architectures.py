@@ -381,7 +381,7 @@ class Passage:
         beside = models.load_trained(
             plain, run.label_names, run.path / "adapter", device=device, pad_token_id=tokenizer.pad_token_id
         )
-        merged = export.load_merged(run, target)
+        merged = export.load_merged(target)
         # A merged decoder has its own pad token.
         own = models.load_tokenizer(ModelSpec(str(target)))
         one, other = (

@@ -225,7 +225,7 @@ def merged(run: Any) -> Callable[[Sequence[str]], Any]:
     dtype = "fp16" if models.resolve_precision("auto", device) == "fp16" else "bf16"
     with tempfile.TemporaryDirectory() as folder:
         run.merge(Path(folder) / "merged", dtype=dtype, progress=False)
-        model = export.load_merged(run, Path(folder) / "merged")
+        model = export.load_merged(Path(folder) / "merged")
         tokenizer = models.load_tokenizer(ModelSpec(str(Path(folder) / "merged")))  # has its own pad token
 
     def labels(texts: Sequence[str]) -> Any:

@@ -42,7 +42,7 @@ class Head:
 
     Args:
         class_means: Whether it can start from class means (`model.head_init`): its weight has one direction a class.
-        merges: Whether `export.merge` can write it as a few lines of torch.
+        merges: Whether `export/modeling_pooled.py` has it, which a merged model is opened with.
     """
 
     class_means: bool = False

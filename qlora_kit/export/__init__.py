@@ -5,13 +5,12 @@ from ..system import safe_peft as safe_peft  # isort: skip
 from .archive import NOT_ZIPPED as NOT_ZIPPED
 from .archive import download_results as download_results
 from .archive import zip_results as zip_results
-from .card import LINES as LINES
 from .card import PIPELINE as PIPELINE
 from .card import card as card
 from .hub import PUSHED as PUSHED
 from .hub import push as push
 from .hub import staged as staged
-from .merge import HEAD as HEAD
 from .merge import PADDING as PADDING
 from .merge import load_merged as load_merged
 from .merge import merge as merge
+from .modeling_pooled import PooledForSequenceClassification as PooledForSequenceClassification

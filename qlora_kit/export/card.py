@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ..models.configuration import load_config, resolve_pooling
-from ..models.heads import CosineHead
 from ..models.sources import find_base
 from ..runs import card as cards
 from ..runs.predictor import Predictor
@@ -20,50 +18,22 @@ def _pooling(run: Predictor) -> str:
 PIPELINE = """```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", "this-folder")
+classify = pipeline("text-classification", "this-folder"{trust})
 print(classify(["a text"], truncation=True, max_length={length}))
 ```"""
 
-LINES = """transformers has no class for this head; with these lines neither qlora_kit nor remote code is needed:
+CODE = """transformers has no class for this head. `modeling_pooled.py` in this folder is that class; it needs torch
+and transformers alone. `trust_remote_code=True` runs it: read it first. Without that argument, transformers refuses
+the folder.
 
-```python
-import torch
-from safetensors.torch import load_file
-from torch.nn.functional import linear, normalize
-from transformers import AutoModel, AutoTokenizer
-
-folder, texts = "this-folder", ["a text"]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModel.from_pretrained(folder{arguments}).eval()
-head = load_file(f"{{folder}}/head.safetensors")
-
-batch = tokenizer(texts, padding=True, truncation=True, max_length={length}, return_tensors="pt")
-mask = batch["attention_mask"]
-with torch.no_grad():
-    states = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state.float()
-{pooled}
-{logits}
-print([model.config.id2label[place] for place in logits.argmax(dim=1).tolist()])
-```"""
+"""
 
 
-def _use(run: Predictor, plain: Any, layout: str) -> str:
-    """Return the card's example code, which classifies with the folder of a plain transformers model."""
-    if layout == "transformers":
-        return PIPELINE.format(length=run.experiment.data.max_length)
-    cosine = run.experiment.model.head == "cosine"
-    # The mean does not use BERT's pooler, so the folder does not hold it.
-    bare = "add_pooling_layer" in inspect.signature(type(plain)).parameters
-    return LINES.format(
-        arguments=", add_pooling_layer=False" if bare else "",
-        length=run.experiment.data.max_length,
-        pooled="pooled = (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)"
-        if _pooling(run) == "mean"
-        else "pooled = states[torch.arange(len(texts)), mask.cumsum(1).argmax(1)]",
-        logits=f'logits = {CosineHead.SCALE:g} * normalize(pooled, dim=-1) @ normalize(head["weight"], dim=-1).T'
-        if cosine
-        else 'logits = linear(pooled, head["weight"], head["bias"])',
-    )
+def _use(run: Predictor, layout: str) -> str:
+    """Return the card's example code, which classifies with a merged folder."""
+    trust = layout != "transformers"
+    use = PIPELINE.format(trust=", trust_remote_code=True" if trust else "", length=run.experiment.data.max_length)
+    return CODE + use if trust else use
 
 
 # --- the card and the hub ---------------------------------------------------------------------------------------

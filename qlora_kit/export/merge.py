@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..config.experiment import Experiment
 from ..config.sections import HEADS
@@ -24,7 +22,7 @@ from ..metrics.scores import metrics
 from ..models.build import build
 from ..models.configuration import classifier_config, is_decoder
 from ..models.forward import forward_texts
-from ..models.heads import CosineHead, PooledClassifier, head_modules, last_tokens, mean_pool
+from ..models.heads import CosineHead, PooledClassifier, head_modules
 from ..models.tokenizers import load_tokenizer
 from ..models.weights import load_trained
 from ..runs.predictor import Predictor
@@ -32,12 +30,13 @@ from ..system.arguments import FLAG, RUN, TEXT, a_path, takes
 from ..system.devices import COMPUTE_DTYPES, default_device, generators_kept, quiet
 from ..system.environment import environment
 from ..system.files import move_into_place, saving, write_json, write_text
-from ..system.parsing import SCHEMA
+from ..system.parsing import SCHEMA, read_json
 from .card import _pooling, _use, card
+from .modeling_pooled import PooledConfig, PooledForSequenceClassification
 
 logger = logging.getLogger(__name__)
 
-HEAD = "head.safetensors"
+WITH_CODE = "with_code"
 PADDING = "<|padding of the merged model|>"  # a token that no text should contain
 
 
@@ -56,8 +55,7 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
     Args:
         run: A finished run.
         to: Folder for the merged model; it must not exist, or be empty.
-        dtype: Dtype of the stored weights: `fp32`, `fp16` or `bf16`. The head of the layout `encoder_and_head` stays
-            fp32.
+        dtype: Dtype of the stored weights: `fp32`, `fp16` or `bf16`. The head of the layout `with_code` stays fp32.
         progress: Show progress bars.
 
     Returns:
@@ -67,9 +65,9 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
 
         - `transformers`: `AutoModelForSequenceClassification.from_pretrained(to)` and
           `pipeline("text-classification", to)` read it;
-        - `encoder_and_head`: for a head that transformers has no class for (on a mean of states, or of cosines).
-          `AutoModel.from_pretrained(to)` reads the base, `head.safetensors` holds the head, and the folder's card
-          shows the lines that classify with both.
+        - `with_code`: for a head that transformers has no class for (on a mean of states, or of cosines). The folder
+          holds the class, `modeling_pooled.py`, and the same calls read it with `trust_remote_code=True`. Without it
+          they refuse the folder; they never open it with a random head.
 
     Raises:
         KitError: When `to` exists and is not an empty folder, `dtype` is none of these, the data is no longer what the
@@ -151,9 +149,13 @@ def _rehearse(run: Predictor, pad_token_id: int, dtype: torch.dtype) -> None:
     with generators_kept(meta):
         model = build(shapes, run.label_names, device=meta, pad_token_id=pad_token_id)
     try:
-        kind, plain, layout = _plain(run, model, dtype)
-        _use(run, plain, layout)
-        config = type(plain.config).from_dict({**plain.config.to_dict(), "architectures": [type(plain).__name__]})
+        plain, layout = _plain(run, model, dtype)
+        # What the Auto class would open the base's config as, once its class is written into it.
+        kind: Any = transformers.AutoModel
+        wanted = plain.base if layout == WITH_CODE else plain
+        if layout != WITH_CODE:
+            kind = transformers.AutoModelForSequenceClassification
+        config = type(wanted.config).from_dict({**wanted.config.to_dict(), "architectures": [type(wanted).__name__]})
         with torch.device("meta"):
             opened = type(kind.from_config(config))
     except KitError:
@@ -163,48 +165,72 @@ def _rehearse(run: Predictor, pad_token_id: int, dtype: torch.dtype) -> None:
         raise KitError(
             f"{type(model).__name__} on {run.experiment.model.name} cannot be merged: {type(error).__name__}: {first}"
         ) from error
-    if opened is not type(plain):
+    if opened is not type(wanted):
         raise KitError(
-            f"{run.experiment.model.name} cannot be merged: what is written is a {type(plain).__name__}, and "
+            f"{run.experiment.model.name} cannot be merged: what is written is a {type(wanted).__name__}, and "
             f"transformers would open it as a {opened.__name__}"
         )
 
 
-def _plain(run: Predictor, model: Any, dtype: torch.dtype) -> tuple[Any, Any, str]:
-    """Return the Auto class, the plain transformers model to write, and the layout."""
+def _plain(run: Predictor, model: Any, dtype: torch.dtype) -> tuple[Any, str]:
+    """Return the plain transformers model to write, and the layout."""
     config = model.config
     head = run.experiment.model.head
     if not HEADS[head].merges:
         raise KitError(f"a {head} head is no class of transformers, and nothing says how to write it down: use the run")
-    cosine = head == "cosine"
-    kind: Any
-    if isinstance(model, PooledClassifier) or cosine:
-        if not isinstance(model, PooledClassifier) and not is_decoder(config):
-            raise KitError(
-                f"a cosine head on {type(model).__name__}'s own pooling is no class of transformers and cannot be "
-                "written down in a few lines; train with model.pooling: mean, or with model.head: linear"
-            )
-        kind, source = transformers.AutoModel, model.base_model
-        layout = "encoder_and_head"
-    else:
-        kind, source = transformers.AutoModelForSequenceClassification, model
-        layout = "transformers"
+    pooled = isinstance(model, PooledClassifier)
+    if head == "cosine" and not pooled and not is_decoder(config):
+        raise KitError(
+            f"a cosine head on {type(model).__name__}'s own pooling is no class of transformers and cannot be "
+            "written down in a few lines; train with model.pooling: mean, or with model.head: linear"
+        )
     # Copy into a plain transformers model with a new config, without what the run changed for training.
-    fresh_config = classifier_config(run.experiment.model, run.label_names, pad_token_id=config.pad_token_id)
+    fresh = classifier_config(run.experiment.model, run.label_names, pad_token_id=config.pad_token_id)
     with torch.device("meta"):
-        plain: Any = kind.from_config(fresh_config, dtype=dtype)
-    if isinstance(getattr(source, "pooler", None), nn.Identity):
-        plain.pooler = nn.Identity()
+        if pooled or head == "cosine":
+            plain: Any = PooledForSequenceClassification(_pooled_config(run, model, fresh, dtype))
+            plain.base.to(dtype)
+            sources = {"base": model.base_model, "classifier": getattr(model, head_modules(model)[0])}
+            layout = WITH_CODE
+        else:
+            plain = transformers.AutoModelForSequenceClassification.from_config(fresh, dtype=dtype)
+            sources, layout = {"": model}, "transformers"
     state: dict[str, torch.Tensor] = {}
     known: set[int] = set()
-    for name, tensor in source.state_dict().items():
-        stored = tensor.to(dtype)
-        storage = stored.untyped_storage()._cdata
-        # safetensors refuses shared storages, and transformers leaves out only weights that it knows are tied.
-        state[name] = stored.clone() if storage in known else stored
-        known.add(storage)
-    plain.load_state_dict(state, assign=True)
-    return kind, plain, layout
+    for place, source in sources.items():
+        for name, tensor in source.state_dict().items():
+            stored = tensor.float() if place == "classifier" else tensor.to(dtype)
+            storage = stored.untyped_storage()._cdata
+            # safetensors refuses shared storages, and transformers leaves out only weights that it knows are tied.
+            state[f"{place}.{name}".lstrip(".")] = stored.clone() if storage in known else stored
+            known.add(storage)
+    unread = isinstance(getattr(getattr(plain, "base", None), "pooler", None), nn.Identity)
+    plain.load_state_dict(
+        {name: tensor for name, tensor in state.items() if not (unread and name.startswith("base.pooler."))},
+        assign=True,
+    )
+    return plain, layout
+
+
+def _pooled_config(run: Predictor, model: Any, base: transformers.PretrainedConfig, dtype: torch.dtype) -> PooledConfig:
+    """Return the configuration of a merged classifier that transformers has no class for."""
+    own = dict(base.to_dict())
+    # One configuration may stand for two classes (Funnel's); AutoModel goes by the name that is written here.
+    own["architectures"] = [type(transformers.AutoModel.from_config(base)).__name__]
+    own["dtype"] = str(dtype).removeprefix("torch.")
+    cosine = run.experiment.model.head == "cosine"
+    return PooledConfig(
+        base=own,
+        pooling=_pooling(run) if isinstance(model, PooledClassifier) else "last",
+        head="cosine" if cosine else "linear",
+        scale=CosineHead.SCALE if cosine else 1.0,
+        width=getattr(model, head_modules(model)[0]).weight.shape[1],
+        id2label=base.id2label,
+        label2id=base.label2id,
+        pad_token_id=base.pad_token_id,
+        problem_type=base.problem_type,
+        dtype=dtype,
+    )
 
 
 def _save(run: Predictor, model: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str]:
@@ -212,15 +238,16 @@ def _save(run: Predictor, model: Any, tokenizer: Any, folder: Path, dtype: torch
 
     The tokenizer may get another pad token.
     """
-    _, plain, layout = _plain(run, model, dtype)
+    plain, layout = _plain(run, model, dtype)
     with quiet():
-        if layout == "transformers" and is_decoder(plain.config) and tokenizer.padding_side == "right":
+        if layout == WITH_CODE:
+            # transformers copies the file of the classes into the folder, and names them in config.json.
+            PooledConfig.register_for_auto_class()
+            PooledForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+        elif is_decoder(plain.config) and tokenizer.padding_side == "right":
             _pad_with_a_new_token_(plain, tokenizer)
         plain.save_pretrained(str(folder))
-    if layout == "encoder_and_head":
-        head = getattr(model, head_modules(model)[0])
-        save_file({name: tensor.float().contiguous() for name, tensor in head.state_dict().items()}, folder / HEAD)
-    return layout, _use(run, plain, layout)
+    return layout, _use(run, layout)
 
 
 def _pad_with_a_new_token_(model: Any, tokenizer: Any) -> None:
@@ -240,48 +267,28 @@ def _pad_with_a_new_token_(model: Any, tokenizer: Any) -> None:
     tokenizer.embeddings = max(place + 1, rows)
 
 
-class _EncoderAndHead(nn.Module):
-    """The computation of the card's example code as a module, to measure a merged folder."""
-
-    def __init__(self, folder: Path, pooling: str, cosine: bool) -> None:
-        super().__init__()
-        self.base = transformers.AutoModel.from_pretrained(str(folder))
-        self.head = nn.ParameterDict(load_file(str(folder / HEAD)))
-        self.pooling, self.cosine = pooling, cosine
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SequenceClassifierOutput:
-        states = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        if self.pooling == "mean":
-            pooled = mean_pool(states, attention_mask)
-        else:
-            pooled = states[torch.arange(len(states), device=states.device), last_tokens(attention_mask)]
-        weight = self.head["weight"]
-        if self.cosine:
-            directions = nn.functional.normalize(pooled, dim=-1)
-            logits = CosineHead.SCALE * directions @ nn.functional.normalize(weight, dim=-1).T
-        else:
-            logits = nn.functional.linear(pooled, weight, self.head["bias"])
-        return SequenceClassifierOutput(logits=logits)
-
-
-@takes(run=RUN, folder=a_path("merged"))
-def load_merged(run: Predictor, folder: str | Path) -> nn.Module:
+@takes(folder=a_path("merged"))
+def load_merged(folder: str | Path) -> nn.Module:
     """Load what `merge` wrote, in its stored dtype.
 
     Args:
-        run: The run that was merged.
         folder: The folder that `merge` wrote.
 
     Returns:
         A classifier in eval mode on this machine's GPU, or on the CPU. Its call takes `input_ids` and
         `attention_mask`, `[batch, length]`, and returns an output with `logits`, `[batch, classes]`.
     """
-    model: Any
+    file = Path(folder) / "config.json"
+    kind: Any = transformers.AutoModelForSequenceClassification
+    if file.is_file() and read_json(file).get("model_type") == PooledConfig.model_type:
+        # The kit's own copy of the class: no code of the folder runs.
+        kind = PooledForSequenceClassification
+    elif (Path(folder) / "head.safetensors").is_file():
+        raise KitError(
+            f"{folder} was merged by an earlier version, whose layout is no longer read: merge the run again"
+        )
     with quiet():
-        if (Path(folder) / HEAD).is_file():
-            model = _EncoderAndHead(Path(folder), _pooling(run), run.experiment.model.head == "cosine")
-        else:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(str(folder))
+        model = kind.from_pretrained(str(folder))
     model.eval().to(default_device())
     loaded: nn.Module = model
     return loaded
@@ -290,7 +297,7 @@ def load_merged(run: Predictor, folder: str | Path) -> nn.Module:
 def _logits(run: Predictor, folder: Path, tokenizer: Any, texts: Any, progress: str | None) -> np.ndarray:
     """Return a merged folder's logits for texts; the model is loaded from disk."""
     return forward_texts(
-        load_merged(run, folder),
+        load_merged(folder),
         tokenizer,
         texts,
         device=default_device(),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import http.server
-import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -67,7 +66,7 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
     report = run.merge(tmp_path / "merged", progress=False)
     assert report == read_json(tmp_path / "merged" / "merge.json")
     texts = [text.strip() for text in (*TEXTS, *topics.validation.texts)]
-    plain = {"transformers": _by_pipeline, "encoder_and_head": _by_the_cards_lines}[report["layout"]]
+    plain = {"transformers": _by_pipeline, "with_code": _by_the_cards_lines}[report["layout"]]
     # What the base's quantization changes is measured, and nothing else may: against the same adapters unquantized.
     unquantized = _merged(run, run.load()[1].pad_token_id)
     expected = _logits(unquantized, run, texts).argmax(axis=1)
@@ -81,7 +80,8 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
     assert report["before"]["accuracy"]["value"] == pytest.approx((before == truth).mean())
     after = np.array([topics.label_names.index(name) for name in plain(tmp_path / "merged", texts)[len(TEXTS) :]])
     assert report["after"]["accuracy"]["value"] == pytest.approx((after == truth).mean())
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
+    config = transformers.PretrainedConfig.get_config_dict(tmp_path / "merged")[0]
+    config = types.SimpleNamespace(**config)
     assert config.problem_type == "single_label_classification"  # whatever the base was: a pipeline goes by it
     card = (tmp_path / "merged" / "README.md").read_text()
     assert (
@@ -127,15 +127,54 @@ def _by_pipeline(folder, texts) -> list[str]:
 
 
 def _by_the_cards_lines(folder, texts) -> list[str]:
+    """Run the card's example in a process that cannot import the kit."""
     card = (folder / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    asked = 'folder, texts = "this-folder", ["a text"]'
-    assert asked in lines and "qlora_kit" not in lines
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        exec(lines.replace(asked, f"folder, texts = {str(folder)!r}, {texts!r}"), {})
-    answer: list[str] = yaml.safe_load(shown.getvalue())
-    return answer
+    assert '["a text"]' in lines and "qlora_kit" not in lines
+    asked = lines.replace('"this-folder"', repr(str(folder))).replace('["a text"]', "texts")
+    code = f"import sys\nsys.modules['qlora_kit'] = None\ntexts = {texts!r}\n{asked}"
+    done = _alone(code, folder)
+    assert done.returncode == 0, done.stderr
+    answer: list[dict[str, str]] = yaml.safe_load(done.stdout)
+    return [one["label"] for one in answer]
+
+
+def _alone(code, folder) -> subprocess.CompletedProcess[str]:
+    # transformers copies the folder's code into its cache before it runs it.
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_a_merged_model_with_code_is_refused_by_whoever_does_not_trust_it(trained, tmp_path):
+    folder = tmp_path / "merged"
+    assert trained("bert nf4").merge(folder, progress=False)["layout"] == "with_code"
+    # Without its code transformers would take its own class, and fill the head with random numbers.
+    for call in (
+        "transformers.AutoModelForSequenceClassification.from_pretrained({folder!r})",
+        "transformers.AutoModel.from_pretrained({folder!r})",
+        "transformers.pipeline('text-classification', {folder!r})",
+    ):
+        done = _alone("import transformers\n" + call.format(folder=str(folder)), folder)
+        assert done.returncode != 0 and "trust_remote_code" in done.stderr, call
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_the_head_of_a_merged_model_stays_whole(trained, tmp_path, dtype):
+    run = trained("llama nf4 cosine")
+    run.merge(tmp_path / "merged", dtype=dtype, progress=False)
+    model = export.load_merged(tmp_path / "merged")
+    assert model.classifier.weight.dtype == torch.float32
+    assert {weight.dtype for weight in model.base.parameters()} == {
+        {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    }
+
+
+def test_files_of_a_merged_model_have_ordinary_permissions(trained, tmp_path):
+    trained("bert nf4").merge(tmp_path / "merged", progress=False)
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode & 0o777
+    files = [item for item in (tmp_path / "merged").rglob("*") if item.is_file()]
+    assert {item.name: item.stat().st_mode & 0o777 for item in files} == {item.name: expected for item in files}
 
 
 def test_a_merged_model_needs_no_kit(trained, topics, tmp_path):
@@ -494,10 +533,11 @@ def test_a_configuration_that_stands_for_two_classes_is_merged(tmp_path):
     first, last = model.base.encoder.blocks[0][0].ffn, model.base.decoder.layers[0].ffn
     last.linear_1.weight = first.linear_1.weight
     layout, use = _save(run, model, None, tmp_path / "merged", torch.float32)
-    assert layout == "encoder_and_head" and "AutoModel.from_pretrained(folder)" in use
-    opened = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
-    assert type(opened) is transformers.FunnelModel
+    assert layout == "with_code" and "trust_remote_code=True" in use
+    opened = export.load_merged(tmp_path / "merged")
+    assert type(opened.base) is transformers.FunnelModel
     batch = {"input_ids": torch.arange(3, 19).view(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
     with torch.no_grad():
-        assert torch.equal(opened(**batch).last_hidden_state, model.base(**batch).last_hidden_state)
-    assert torch.equal(opened.decoder.layers[0].ffn.linear_1.weight, opened.encoder.blocks[0][0].ffn.linear_1.weight)
+        assert torch.equal(opened(**batch).logits, model(**batch).logits)
+    first, last = opened.base.encoder.blocks[0][0].ffn, opened.base.decoder.layers[0].ffn
+    assert torch.equal(last.linear_1.weight, first.linear_1.weight)
