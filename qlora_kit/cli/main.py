@@ -48,7 +48,7 @@ COMMANDS: tuple[Command, ...] = (
 EXAMPLES = """\
 examples, from nothing to a prediction:
   qlora-kit presets                                          what there is to run
-  qlora-kit finetune minilm_banking77_qlora                  train; ends with the run's folder
+  qlora-kit finetune minilm_banking77_qlora                  train; ends with a verdict and the next command
   qlora-kit evaluate runs/minilm_banking77_qlora_seed0
   qlora-kit predict runs/minilm_banking77_qlora_seed0 "My card has not arrived yet"
 
