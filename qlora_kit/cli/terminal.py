@@ -1,10 +1,11 @@
-"""Print to the terminal: a last line on standard error, texts without escape sequences."""
+"""Print to the terminal: a last line on standard error."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
+
+from ..system.showing import harmless
 
 
 def say(text: str, code: int) -> int:
@@ -20,8 +21,3 @@ def say(text: str, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)
     return code
-
-
-def harmless(text: str) -> str:
-    """Return text with terminal control characters (such as escape sequences in a label) spelled out."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)

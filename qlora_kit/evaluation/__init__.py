@@ -22,8 +22,10 @@ from ..metrics.scores import cross_entropy as cross_entropy
 from ..metrics.scores import metrics as metrics
 from ..metrics.scores import per_label as per_label
 from ..metrics.scores import probabilities as probabilities
+from ..metrics.verdict import BASELINE_NAMES as BASELINE_NAMES
+from ..metrics.verdict import Report as Report
+from ..metrics.verdict import verdict as verdict
 from .baselines import BASELINE_C as BASELINE_C
-from .baselines import BASELINE_NAMES as BASELINE_NAMES
 from .baselines import baselines as baselines
 from .report import data_of as data_of
 from .report import evaluate as evaluate

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 # Values of C tried for each baseline; the one with the best macro F1 on validation is taken.
 BASELINE_C = {"tfidf_svm": (0.1, 0.3, 1.0), "embedding_svm": (0.3, 1.0, 3.0)}
-# Their names in figures and tables, in the order in which they are shown.
-BASELINE_NAMES = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
 
 
 def baselines(

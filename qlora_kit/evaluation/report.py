@@ -22,6 +22,7 @@ from ..metrics.differences import paired_difference
 from ..metrics.inputs import as_predictions
 from ..metrics.resampling import RESAMPLES
 from ..metrics.scores import confusion_matrix, metrics, per_label
+from ..metrics.verdict import Report
 from ..runs.predictor import Predictor
 from ..system.arguments import COUNT, DATA, FLAG, RUN_OR_FOLDER, takes
 from ..system.environment import environment as describe_environment
@@ -80,7 +81,7 @@ def evaluate(
     resamples: int = RESAMPLES,
     batch_size: int | None = None,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Test a finished run from its folder alone, and write its `evaluation.json`.
 
     If W&B tracked the training, the test is logged in the same W&B run (see `tracking.log_test`).
@@ -96,8 +97,9 @@ def evaluate(
         progress: Show progress bars.
 
     Returns:
-        The content of `evaluation.json`: `resamples`, `metrics` (`test`, `test_without_leaked` (None where nothing is
-        left), `validation`, `baselines`), `labels`, `per_label`, `confusions`, `confusion_matrix` (true by predicted),
+        The content of `evaluation.json`, as a dict that shows itself in a few lines; its `verdict` is one sentence.
+        Keys: `resamples`, `random_weights`, `metrics` (`test`, `test_without_leaked` (None where nothing is left),
+        `validation`, `baselines`), `labels`, `per_label`, `confusions`, `confusion_matrix` (true by predicted),
         `calibration`, `predictions` (test classes of the run and of the baselines), `data`, `timing` in seconds,
         `environment`.
 
@@ -130,6 +132,7 @@ def evaluate(
             "schema": SCHEMA,
             "preset": run.experiment.name,
             "resamples": resamples,
+            "random_weights": run.experiment.model.random_weights,
             "metrics": scores,
             **_errors(test, data),
             "predictions": {
@@ -151,7 +154,7 @@ def evaluate(
     )
     write_json(run.path / "evaluation.json", result)
     tracking.log_test(run, data.test.labels, result)
-    return dict(result)
+    return Report(result)
 
 
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:

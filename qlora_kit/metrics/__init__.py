@@ -15,3 +15,5 @@ from .scores import cross_entropy as cross_entropy
 from .scores import metrics as metrics
 from .scores import per_label as per_label
 from .scores import probabilities as probabilities
+from .verdict import BASELINE_NAMES as BASELINE_NAMES
+from .verdict import Report as Report

@@ -12,6 +12,7 @@ from typing import Any
 from .. import schemas
 from ..config.experiment import Experiment
 from ..errors import KitError, nearest
+from ..metrics.verdict import Report
 from ..system.arguments import RUN_FOLDER, takes
 from ..system.manifest import NAME, problem_of_run
 from ..system.parsing import read_json
@@ -94,10 +95,10 @@ class RunFolder:
         return values
 
     @property
-    def evaluation(self) -> dict[str, Any] | None:
+    def evaluation(self) -> Report | None:
         """What `evaluation.json` holds, or None before `qlora_kit.evaluate`."""
         file = self.path / "evaluation.json"
-        return schemas.read(file, "evaluation.json") if file.exists() else None
+        return Report(schemas.read(file, "evaluation.json")) if file.exists() else None
 
     @functools.cached_property
     def environment(self) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""Show objects in a few lines, in a terminal and in Jupyter; labels and texts in them may be anything."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+MOST_SHOWN = 100
+"""The most characters of a name, label or text that a line shows."""
+
+
+def harmless(text: str) -> str:
+    """Return text with terminal control characters (such as escape sequences in a label) spelled out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str, most: int = MOST_SHOWN) -> str:
+    """Return a text on one line: white space joined, control characters spelled out, cut off after `most` characters.
+
+    Args:
+        text: A text, label or name.
+        most: The most characters that are shown of it.
+    """
+    line = harmless(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def lines_as_html(lines: Sequence[str]) -> str:
+    """Return lines as HTML: the first one bold, everything escaped.
+
+    Args:
+        lines: Plain text.
+    """
+    first, *rest = (html.escape(line) for line in lines)
+    return f"<div><strong>{first}</strong>{''.join(f'<br>{line}' for line in rest)}</div>"
+
+
+def table_as_html(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as HTML, everything escaped.
+
+    Args:
+        columns: Headings.
+        rows: For each row, a cell for each column.
+    """
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{row(columns, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
