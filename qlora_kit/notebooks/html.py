@@ -181,7 +181,11 @@ def _value(key: str, value: Any) -> str:
         flat = {name: item for name, item in value.items() if not isinstance(item, (dict, list))}
         numbers = {name: item for name, item in value.items() if _is_numbers(item)}
         deep = {name: item for name, item in value.items() if name not in flat and name not in numbers}
-        inner = fact_list(flat) + _columns(numbers) + "".join(_value(name, item) for name, item in deep.items())
+        inner = (
+            fact_list(flat, unit_of(key))
+            + _columns(numbers)
+            + "".join(_value(name, item) for name, item in deep.items())
+        )
         return f"<h3>{escaped(words(key))}</h3>{inner}" if flat or numbers else inner
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         if len(value) > _OPEN_ROWS:
@@ -205,12 +209,18 @@ def _columns(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(rows) if rows else ""
 
 
-def fact_list(values: Mapping[str, Any]) -> str:
-    """Return single values as an HTML list of names and values, without those that are None."""
+def fact_list(values: Mapping[str, Any], unit: str = "") -> str:
+    """Return single values as an HTML list of names and values, without those that are None.
+
+    Args:
+        values: By name.
+        unit: The unit of all of them, if they have one, as `names.unit_of` gives it; else each has that of its name.
+    """
     shown = [(key, value) for key, value in values.items() if value is not None]
     items = "".join(
         f"<div{_LONG if len(str(value)) > 36 else ''}>"
-        f"<dt>{escaped(words(key))}</dt><dd>{_scalar(key, value)}</dd></div>"
+        f"<dt>{escaped(key if unit else words(key))}</dt>"
+        f"<dd>{escaped(text_of(value, unit)) if unit else _scalar(key, value)}</dd></div>"
         for key, value in shown
     )
     return f'<dl class="facts">{items}</dl>' if items else ""
@@ -242,7 +252,7 @@ def _cell(key: str, value: Any) -> str:
         if not value:
             return _scalar(key, None)
         unit = unit_of(key)
-        inside = "<br>".join(f"{escaped(words(name))}: {escaped(_inner(item, unit))}" for name, item in value.items())
+        inside = "<br>".join(f"{escaped(name)}: {escaped(_inner(item, unit))}" for name, item in value.items())
         return f"<details><summary>{len(value)} values</summary>{inside}</details>"
     if isinstance(value, list):
         unit = unit_of(key)

@@ -60,6 +60,7 @@ NAMES = {
     # 04_memory
     "rows": "The methods, one by one",
     "label": "method",
+    "method": "kind",
     "planned": "planned",
     "counted": "sum of the parts",
     "measured_parts": "measured, by part",

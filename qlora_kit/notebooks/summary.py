@@ -144,7 +144,8 @@ def _code(records: Mapping[str, Mapping[str, Any]]) -> str:
     for name in ("02_finetune", "00_your_data"):
         run = _get(records.get(name), "run")
         if isinstance(run, str):
-            return f'import qlora_kit as qk\nqk.load_run({json.dumps(Path(run).as_posix(), ensure_ascii=False)}).predict(["a text"]).labels'
+            folder = json.dumps(Path(run).as_posix(), ensure_ascii=False)
+            return f'import qlora_kit as qk\nqk.load_run({folder}).predict(["a text"]).labels'
     return ""
 
 
