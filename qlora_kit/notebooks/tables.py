@@ -6,6 +6,7 @@ returns a text to print.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,39 @@ from .screen import duration
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ..claims import Records
     from ..memory import Plan
     from ..runs.folder import RunFolder
     from ..runs.predictor import Predictor
+    from ..searching.search import Search
 
 MIB = 2**20
 NO_MEMORY = "out of memory"
 RANDOM_WEIGHTS = "This base has random weights: its memory and speed mean something, its scores do not."
+
+
+class Lines:
+    """A table whose cells may have several lines; pandas shows such a line break as two characters.
+
+    Args:
+        frame: The table.
+    """
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame
+
+    def __repr__(self) -> str:
+        return self.frame.to_string()
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        def cell(value: Any) -> str:
+            return html.escape(str(value)).replace("\n", "<br>")
+
+        shown = self.frame.map(cell).rename(index=cell, columns=cell)
+        with pd.option_context("display.max_colwidth", None):
+            return str(shown.to_html(escape=False))
 
 
 def _frame(rows: Iterable[Mapping[str, Any]], index: str) -> pd.DataFrame:
@@ -376,6 +403,37 @@ def reach(rows: Sequence[Mapping[str, Any]], most: int = 4096) -> pd.DataFrame:
     return _frame(shown, "method")
 
 
+# ---- claims ----
+
+
+def claims(rows: Sequence[Mapping[str, Any]], *columns: str) -> Lines:
+    """Return verdicts on claims as a table, with each measured figure on a line of its own.
+
+    Args:
+        rows: What `claims.table` returned, with a line break between figures.
+        *columns: The columns to show, in their order.
+    """
+    return Lines(_frame(rows, "#").rename_axis(None)[list(columns)])
+
+
+def found_records(records: Records, out: str | Path, folder: Path) -> str:
+    """Return lines on what there is to judge claims by: this machine, the notebooks' records, runs and references.
+
+    Args:
+        records: What `claims.read` returned.
+        out: The folder OUT.
+        folder: The folder of the reference records.
+    """
+    return "\n".join(
+        [
+            f"this machine: {records.device}",
+            f"notebooks' records in {out}: {', '.join(records.notebooks) or 'none'}",
+            f"runs on Banking77: {', '.join(run['name'] for run in records.runs) or 'none'}",
+            f"reference records: {', '.join(records.results) or 'none'} in {folder}",
+        ]
+    )
+
+
 # ---- a search ----
 
 
@@ -398,3 +456,19 @@ def trials(found: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         for trial in found
     )
     return _frame(rows, "trial")
+
+
+def best_trial(search: Search) -> str:
+    """Return lines on a search's best trial: its score, its settings, and the first trial's score beside it.
+
+    Args:
+        search: The search.
+    """
+    best, first = search.best_trial, search.trials[0]
+    rows = search.record["rows"]["validation"]
+    lines = [f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {rows} validation rows"]
+    for name, value in best["parameters"].items():
+        lines.append(f"  {name}: {value:g}" if isinstance(value, (int, float)) else f"  {name}: {value}")
+    if first["f1_macro"] is not None:
+        lines.append(f"the preset's settings, trial {first['number']}: {first['f1_macro']:.4f}")
+    return "\n".join([*lines, "", f"as an experiment: {search.path / 'best.yaml'}"])
