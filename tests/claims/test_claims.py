@@ -1125,8 +1125,9 @@ def test_the_plans_that_are_drawn_are_of_the_explained_step(reference: Records):
     assert {row["device"] for row in claims.plans(Records(computed=reference.computed))} == {"planned for a T4"}
 
 
-def test_a_notebooks_record_and_a_run_are_read(tmp_path, tiny_experiment, topics):
-    run = qk.finetune(tiny_experiment(training__max_steps=6), data=topics, out=tmp_path / "runs", progress=False)
+def test_a_notebooks_record_and_a_run_are_read(tmp_path, tiny_experiment):
+    experiment = tiny_experiment(training__max_steps=6, data__limit=154)
+    run = qk.finetune(experiment, out=tmp_path / "runs", progress=False)
     metrics = {"quantization": {"normal_snr_db": {"nf4": 20, "int4": 21}}}
     book = notebook_record("01_quantization", preset="p", metrics=metrics)
     write_json(tmp_path / "01_quantization.json", book)
