@@ -12,6 +12,7 @@ from .errors import KitError
 from .runs.predictor import Predictor
 from .system.arguments import FLAG, FOLDER, RUN_FOLDER, TEXT, a_path, takes
 from .system.files import write_text
+from .system.showing import harmless, lines_as_html, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,45 @@ class Run(Predictor):
         KitError: When the folder is missing or holds no finished run; when a file of it is damaged, was changed, is
             missing or was added; when a newer version of the kit made it.
     """
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how good the run is, and whether a simpler classifier does as well.
+
+        Before `qlora_kit.evaluate`, it tells the score on the validation rows, and that the run is not tested.
+        """
+        from .metrics.verdict import untested, verdict
+
+        report = self.evaluation
+        if report is None:
+            return untested(self.training)
+        # Reports of version 0.1.0's first runs do not say whether the weights are random.
+        return verdict({"random_weights": self.training["random_weights"], **report})
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        return lines_as_html(self._lines())
+
+    def _lines(self) -> list[str]:
+        title = f"Run {harmless(str(self.path))}"
+        try:
+            spec, training = self.experiment, self.training
+            method = "full fine-tuning" if spec.lora is None else f"LoRA of rank {spec.lora.r}"
+            base = "" if spec.quantization.scheme == "none" else f" on a base in {spec.quantization.label}"
+            rows, timing = training["rows"], training["timing"]
+            return [
+                f"{title}: {one_line(spec.name)}",
+                f"  {one_line(spec.model.name)}, {method}{base}, seed {spec.training.seed}",
+                f"  data {one_line(spec.data.name)}: {len(self.label_names):,} labels; rows {rows['train']:,} train, "
+                f"{rows['validation']:,} validation, {rows['test']:,} test",
+                f"  {training['steps']:,} steps in {timing['train_seconds']:,.0f} s, {training['precision']}",
+                self.verdict,
+            ]
+        except (KitError, OSError, KeyError, TypeError) as error:
+            # Files may be damaged or gone by now, and an object has to show itself all the same.
+            return [title, f"  {one_line(str(error))}"]
 
     @takes(to=a_path("merged"), dtype=TEXT, progress=FLAG)
     def merge(self, to: str | Path, *, dtype: str = "fp32", progress: bool = True) -> dict[str, Any]:

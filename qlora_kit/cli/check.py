@@ -9,9 +9,9 @@ NAME = "check"
 SUMMARY = "check run folders and records: nothing changed, nothing missing"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit check runs/latest                       every run folder and record below it
-  python -m qlora_kit check results                           the reference records, computed again
-  python -m qlora_kit check results/accuracy.json --strict
+  qlora-kit check runs/latest                                every run folder and record below it
+  qlora-kit check results                                    the reference records, computed again
+  qlora-kit check results/accuracy.json --strict
 
 Of a run folder: its files are those in its manifest.json. Of any record: it is what its schema in qlora_kit/schemas
 says. Of a record of results/: its figures are computed again from the predictions and times in it, its rows are those

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Command(Protocol):
-    """A module that is one command of `python -m qlora_kit`."""
+    """A module that is one command of `qlora-kit`."""
 
     NAME: str
     """Its name on the command line."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
+
+from .terminal import off_stdout
 
 NAME = "evaluate"
 SUMMARY = "test a finished run and write its evaluation.json"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit evaluate runs/minilm_banking77_qlora_seed0
-  python -m qlora_kit evaluate runs/tickets --no-baselines    quicker: the baselines are trained for it
+  qlora-kit evaluate runs/minilm_banking77_qlora_seed0
+  qlora-kit evaluate runs/tickets --json > tickets.json
+  qlora-kit evaluate runs/tickets --no-baselines             quicker: the baselines are trained for it
 
 Prints each metric with its 95% interval, and writes evaluation.json into the run folder, which has more: every
-label's, the confusions, the calibration. A row is printed for each baseline: fine-tuning has to be ahead of them.
+label's, the confusions, the calibration. A row is printed for each baseline. The last line is the verdict: whether
+the run is ahead of them.
 """
 
 
@@ -21,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     parser.add_argument("folder", metavar="RUN", help="a run folder")
     parser.add_argument("--no-baselines", action="store_true", help="leave the baselines out")
+    parser.add_argument("--json", action="store_true", help="what evaluation.json holds, and the verdict, as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -29,10 +35,14 @@ def run(options: argparse.Namespace) -> int:
     from ..run import load_run
 
     run = load_run(options.folder)
-    from ..data.rows import leak_in_words
-    from ..evaluation.report import evaluate
+    with off_stdout():
+        from ..data.rows import leak_in_words
+        from ..evaluation.report import evaluate
 
-    result = evaluate(run, baselines=not options.no_baselines, progress=not options.quiet)
+        result = evaluate(run, baselines=not options.no_baselines, progress=not options.quiet)
+    if options.json:
+        print(json.dumps({**result, "verdict": result.verdict}, ensure_ascii=False))
+        return 0
     metrics = result["metrics"]
     rows = {name: metrics[name] or {} for name in ("test", "test_without_leaked", "validation")}
     rows.update(metrics["baselines"])
@@ -43,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{row:{width}}  " + "  ".join(f"{_interval(values.get(name)):>24}" for name in names))
     print(leak_in_words(len(result["data"]["leaked_test_indices"]), result["data"]["rows"]["test"]))
     print(run.path / "evaluation.json")
+    print(result.verdict)
     return 0
 
 

@@ -20,35 +20,53 @@ from typing import Any, NoReturn
 
 from ..errors import KitError, NotebookFailed, Terminated, TrainingError, unknown
 from ..system.versions import VERSION
-from . import check, evaluate, finetune, plan, predict, presets, rerun, run_notebooks, search
+from . import (
+    check,
+    compare,
+    completion,
+    evaluate,
+    finetune,
+    merge,
+    plan,
+    predict,
+    presets,
+    push,
+    rerun,
+    run_notebooks,
+    search,
+)
+from . import zip as zip_command
 from .command import Command
 from .terminal import say
 
-COMMANDS: tuple[Command, ...] = (presets, plan, finetune, evaluate, predict, search, rerun, run_notebooks, check)
+COMMANDS: tuple[Command, ...] = (
+    *(presets, plan, finetune, evaluate, predict, compare, search, merge, zip_command, push),
+    *(rerun, run_notebooks, check, completion),
+)
 """All commands, in the order in which the help lists them."""
 
 EXAMPLES = """\
 examples, from nothing to a prediction:
-  python -m qlora_kit presets                                 what there is to run
-  python -m qlora_kit finetune minilm_banking77_qlora         train; ends with the run's folder
-  python -m qlora_kit evaluate runs/minilm_banking77_qlora_seed0
-  python -m qlora_kit predict runs/minilm_banking77_qlora_seed0 "My card has not arrived yet"
+  qlora-kit presets                                          what there is to run
+  qlora-kit finetune minilm_banking77_qlora                  train; ends with the run's folder
+  qlora-kit evaluate runs/minilm_banking77_qlora_seed0
+  qlora-kit predict runs/minilm_banking77_qlora_seed0 "My card has not arrived yet"
 
 your own texts, with a column of texts and one of labels:
-  python -m qlora_kit finetune minilm_banking77_qlora --name tickets \\
+  qlora-kit finetune minilm_banking77_qlora --name tickets \\
       --data tickets.csv --text message --label team --test 0.2
 
 better settings, by their score on validation rows alone:
-  python -m qlora_kit search minilm_banking77_qlora --trials 20
+  qlora-kit search minilm_banking77_qlora --trials 20
 
 everything at once, with figures and one page of results:
-  python -m qlora_kit run-notebooks --preset minilm_banking77_smoke --out runs/smoke
+  qlora-kit run-notebooks --preset minilm_banking77_smoke --out runs/smoke
 
 before it trains, what it will take; and whether an old run comes out the same here:
-  python -m qlora_kit plan minilm_banking77_qlora --device T4
-  python -m qlora_kit rerun runs/minilm_banking77_qlora_seed0
+  qlora-kit plan minilm_banking77_qlora --device T4
+  qlora-kit rerun runs/minilm_banking77_qlora_seed0
 
-`python -m qlora_kit COMMAND --help` shows more of each.
+`qlora-kit COMMAND --help` shows more of each.
 Exit code: 0; 2 for bad input, with one line that says what to do; 1 for a failure; 130 after Ctrl-C, 143 after SIGTERM,
 129 after SIGHUP (a terminal that was closed).
 """
@@ -85,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: The words after `python -m qlora_kit`; None for those of this process.
+        arguments: The words after `qlora-kit`; None for those of this process.
 
     Returns:
         The exit code.
@@ -150,7 +168,7 @@ def _told_to_end() -> Iterator[None]:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands, with their help."""
     parser = _Parser(
-        prog="python -m qlora_kit",
+        prog="qlora-kit",
         description="4-bit fine-tuning: an experiment goes in, a run folder comes out.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -168,5 +186,5 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_arguments(added)
-        added.set_defaults(run=command.run)
+        added.set_defaults(run=command.run, parser=parser)
     return parser

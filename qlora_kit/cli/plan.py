@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
+from ..config.names import presets
 from .experiment import read_changes
+from .terminal import off_stdout
 
 NAME = "plan"
 SUMMARY = "say what a training step will take, and how far a GPU reaches"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit plan minilm_banking77_qlora
-  python -m qlora_kit plan dialogpt-medium_banking77_qlora --batch 8 --length 128 --device T4
-  python -m qlora_kit plan shape:llama-7b --device T4 --length 512 --set training.gradient_checkpointing=true
-  python -m qlora_kit plan shape:llama-7b --device T4 --length 512 --fits
+  qlora-kit plan minilm_banking77_qlora
+  qlora-kit plan dialogpt-medium_banking77_qlora --batch 8 --length 128 --device T4
+  qlora-kit plan shape:llama-7b --device T4 --length 512 --set training.gradient_checkpointing=true
+  qlora-kit plan shape:llama-7b --device T4 --length 512 --fits
 
 Nothing is downloaded but a model's configuration, and no GPU is needed. Shapes without weights: shape:dialogpt-medium,
 smollm2-135m, llama-1.1b, llama-3b, llama-7b, llama-13b, llama-30b, llama-65b.
@@ -38,9 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from ..memory.devices import find_device
-    from ..memory.fits import fits, of_model
-    from ..memory.plan import plan
+    if _only_on_the_hub(options.model):
+        from ..system.hub import refuse_out_of_reach
+
+        refuse_out_of_reach(options.model)  # before the imports below, which take seconds
+    with off_stdout():
+        from ..memory.devices import find_device
+        from ..memory.fits import fits, of_model
+        from ..memory.plan import plan
 
     spec = of_model(options.model).override(read_changes(options.set))
     if options.fits:
@@ -61,3 +69,9 @@ def run(options: argparse.Namespace) -> int:
     planned = plan(spec, batch=options.batch, length=options.length, device=options.device)
     print(json.dumps(planned.to_dict()) if options.json else planned)
     return 0
+
+
+def _only_on_the_hub(name: str) -> bool:
+    """Return whether a name can only be a model's on the hub: OWNER/NAME that is no folder here."""
+    place = name.startswith((".", "~", "/")) or os.path.isdir(name) or name.endswith((".yaml", ".yml"))
+    return name.count("/") == 1 and name not in presets() and not place

@@ -9,14 +9,15 @@ import shlex
 import sys
 
 from ..errors import KitError
-from .terminal import harmless
+from .terminal import harmless, off_stdout
 
 NAME = "predict"
 SUMMARY = "classify texts with a finished run"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
-  python -m qlora_kit predict runs/tickets --json < texts.txt        one text a line, one JSON object a line
+  qlora-kit predict runs/tickets "My card has not arrived yet" "Why was I charged twice?"
+  qlora-kit predict runs/tickets --json < texts.txt                 one text a line, one JSON object a line
+  qlora-kit predict runs/tickets --reject-below 0.5 < texts.txt
 """
 
 
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "texts", nargs="*", default=[], metavar="TEXT", help="texts; without any, or for -, lines of standard input"
     )
     parser.add_argument("--top", type=int, default=3, help="how many labels a text (3)")
+    parser.add_argument(
+        "--reject-below", type=float, metavar="SHARE", help="give no label to a text whose best one is less probable"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
 
 
@@ -36,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.top < 1:
         raise KitError(f"--top is {options.top}: allowed is 1 or more")
+    if options.reject_below is not None and not 0 <= options.reject_below <= 1:
+        raise KitError(f"--reject-below is {options.reject_below}: allowed is 0 to 1")
     file = next((text for text in options.texts if os.path.isfile(text)), None)
     if file is not None:  # without this its name would be classified
         raise KitError(f"{file!r} is a file, not a text: write predict RUN < {shlex.quote(file)}, with one text a line")
@@ -48,12 +54,12 @@ def run(options: argparse.Namespace) -> int:
             raise KitError(f"standard input is no UTF-8 text: {error}") from error
     if not texts:
         raise KitError('no text was given: write predict RUN "a text", or pipe texts in, one a line')
-    predictions = run.predict(texts)
-    names = run.label_names
-    for text, row in zip(texts, predictions.probabilities, strict=True):
-        best = [(names[index], float(row[index])) for index in row.argsort()[::-1][: options.top]]
+    with off_stdout():
+        predictions = run.predict(texts, reject_below=options.reject_below)
+    for text, label, best in zip(texts, predictions, predictions.top(options.top), strict=True):
         if options.json:
-            print(json.dumps({"text": text, "label": best[0][0], "probabilities": dict(best)}, ensure_ascii=False))
+            print(json.dumps({"text": text, "label": label, "probabilities": dict(best)}, ensure_ascii=False))
         else:
-            print(harmless(f"{text}\n    " + "   ".join(f"{label} {share:.1%}" for label, share in best)))
+            shares = "   ".join(f"{name} {share:.1%}" for name, share in best)
+            print(harmless(f"{text}\n    {'' if label is not None else 'rejected: '}{shares}"))
     return 0

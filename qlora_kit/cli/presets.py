@@ -9,10 +9,10 @@ NAME = "presets"
 SUMMARY = "list the presets, or print one as YAML with all its fields"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit presets                                 their names, one a line, with what each is
-  python -m qlora_kit presets minilm_banking77_qlora          all its fields
-  python -m qlora_kit presets minilm_banking77_qlora > mine.yaml
-  python -m qlora_kit finetune mine.yaml                      after changing it
+  qlora-kit presets                                          their names, one a line, with what each is
+  qlora-kit presets minilm_banking77_qlora                   all its fields
+  qlora-kit presets minilm_banking77_qlora > mine.yaml
+  qlora-kit finetune mine.yaml                               after changing it
 
 A preset's name is MODEL_DATA_METHOD; `presets auto` prints the one that this machine would take.
 """

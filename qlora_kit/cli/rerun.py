@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
+from .terminal import off_stdout
+
 NAME = "rerun"
 SUMMARY = "run a record again and tell each difference"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit rerun runs/minilm_banking77_qlora_seed0
-  python -m qlora_kit rerun runs/latest/02_finetune.json --out runs/again
-  python -m qlora_kit rerun runs/tickets --json
+  qlora-kit rerun runs/minilm_banking77_qlora_seed0
+  qlora-kit rerun runs/latest/02_finetune.json --out runs/again
+  qlora-kit rerun runs/tickets --json
 
 RECORD is a finished run folder, a file in it, or the record of a notebook that trained or tested. The experiment runs
 again into OUT; then each difference is told: device, threads, versions, commit, data, base weights, and every result
@@ -29,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
-    from ..rerun import run_again
+    with off_stdout():
+        from ..rerun import run_again
 
-    comparison = run_again(options.record, options.out, progress=not options.quiet)
+        comparison = run_again(options.record, options.out, progress=not options.quiet)
     print(json.dumps(comparison.to_dict(), ensure_ascii=False) if options.json else comparison)
     return 0 if comparison.same else 1

@@ -8,9 +8,9 @@ NAME = "run-notebooks"
 SUMMARY = "run the notebooks into one folder with one page of results"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit run-notebooks
-  python -m qlora_kit run-notebooks --notebooks "02 03" --preset minilm_banking77_smoke --out runs/smoke
-  python -m qlora_kit run-notebooks --params "epochs=2 03_evaluate.resamples=500"
+  qlora-kit run-notebooks
+  qlora-kit run-notebooks --notebooks "02 03" --preset minilm_banking77_smoke --out runs/smoke
+  qlora-kit run-notebooks --params "epochs=2 03_evaluate.resamples=500"
 
 A value for one notebook is written 03_evaluate.name=value; without a notebook it goes to every one that has the
 name. Unknown names are refused before anything runs. The same command again goes on with a run that was cut off;

@@ -8,17 +8,17 @@ from typing import Any
 
 from ..errors import KitError
 from .experiment import add_experiment, read_experiment
-from .terminal import harmless, say
+from .terminal import harmless, off_stdout, say
 
 NAME = "search"
 SUMMARY = "search for better settings, on validation rows alone"
 EXAMPLES = """\
 examples:
-  python -m qlora_kit search minilm_banking77_qlora           20 trials on all rows: hours on a CPU
-  python -m qlora_kit search minilm_banking77_qlora --trials 10 --set data.limit=1000 --set training.epochs=2
-  python -m qlora_kit search minilm_banking77_qlora --space training.learning_rate=1e-4:1e-2:log --space lora.r=4,8,16
-  python -m qlora_kit search minilm_banking77_qlora --storage drive/study.db
-  python -m qlora_kit finetune runs/minilm_banking77_qlora_search/best.yaml --name searched --set data.limit=null
+  qlora-kit search minilm_banking77_qlora                    20 trials on all rows: hours on a CPU
+  qlora-kit search minilm_banking77_qlora --trials 10 --set data.limit=1000 --set training.epochs=2
+  qlora-kit search minilm_banking77_qlora --space training.learning_rate=1e-4:1e-2:log --space lora.r=4,8,16
+  qlora-kit search minilm_banking77_qlora --storage drive/study.db
+  qlora-kit finetune runs/minilm_banking77_qlora_search/best.yaml --name searched --set data.limit=null
 
 LOW:HIGH is a range (with :log on a logarithmic scale), A,B,C are choices. Each trial trains a model anew; the first one
 is the experiment as it is. Validation rows decide. Test rows are not looked at: they are for the run that you train
@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     spec = read_experiment(options)
-    from ..searching.search import search
-    from ..searching.space import parse_space
+    with off_stdout():
+        from ..searching.search import search
+        from ..searching.space import parse_space
 
     found = search(
         spec,

@@ -1,9 +1,10 @@
-"""Print to the terminal: a last line on standard error."""
+"""Print to the terminal: results alone on standard output, a last line on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 
 from ..system.showing import harmless
 
@@ -21,3 +22,13 @@ def say(text: str, code: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(text, file=sys.stderr, flush=True)
     return code
+
+
+@contextlib.contextmanager
+def off_stdout() -> Iterator[None]:
+    """Send to standard error what libraries print within a block, so that standard output has results alone.
+
+    transformers prints a line when it is imported with `WANDB_MODE=offline`.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

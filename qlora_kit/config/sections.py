@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from ..errors import KitError, shown, unknown
@@ -286,6 +287,12 @@ class TrainingSpec:
             raise KitError("training.early_stopping needs training.keep_best: true, to return to the best epoch")
         _between("training.label_smoothing", self.label_smoothing, 0.0, 0.95)
         _between("training.warmup_ratio", self.warmup_ratio, 0.0, 1.0)
+
+    def steps_for(self, rows: int) -> int:
+        """Return the number of optimizer steps for this many training rows, as transformers' Trainer counts them."""
+        # The last batch of an epoch may have fewer rows, and the last step fewer batches.
+        each_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.gradient_accumulation)
+        return self.max_steps or math.ceil(each_epoch * self.epochs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..errors import KitError
 from ..system.arguments import a_path, takes
 from ..system.files import move_into_place, saving
 from ..system.parsing import parse_json, read_json
+from ..system.showing import MOST_SHOWN, lines_as_html, one_line
 from .batches import token_ids, unknown_share
 from .labels import composed, look_of
 from .splitting import fold
@@ -29,7 +30,7 @@ from .tables import Rows, first_line, short
 _SPLITS = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Split:
     """Rows of one split, in the order of their source.
 
@@ -44,15 +45,21 @@ class Split:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __repr__(self) -> str:
+        first = f", the first one {_quoted(self.texts[0])}" if self.texts else ""
+        return f"Split of {len(self):,} texts{first}"
+
     def take(self, indices: Iterable[int]) -> Split:
         """Return the rows at `indices`, in that order."""
         chosen = list(indices)
         return Split(tuple(self.texts[i] for i in chosen), tuple(self.labels[i] for i in chosen))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TextData:
     """A text classification data set, split and checked.
+
+    It shows itself in five lines, in a terminal and in Jupyter.
 
     Args:
         spec: Where it came from and how it was split.
@@ -67,6 +74,27 @@ class TextData:
     train: Split
     validation: Split
     test: Split
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        return lines_as_html(self._lines())
+
+    def _lines(self) -> list[str]:
+        names, sizes = self.label_names, {name: len(split) for name, split in self.splits().items()}
+        shown = [_quoted(name, 40) for name in names[:3]]
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        lines = [
+            f"Data {one_line(self.spec.name)}: {sum(sizes.values()):,} texts with {len(names):,} labels",
+            f"  {', '.join(f'{name} {size:,}' for name, size in sizes.items())}",
+            f"  labels {', '.join(shown)}{more}",
+        ]
+        if self.train.texts:
+            lines.append(f"  first text {_quoted(self.train.texts[0])} ({one_line(names[self.train.labels[0]], 40)})")
+        if self.test.texts:
+            lines.append(f"  {leak_in_words(len(self.leaked_test_indices), len(self.test))}")
+        return lines
 
     @functools.cached_property
     def checksum(self) -> str:
@@ -273,6 +301,10 @@ def warn_of_leaks(data: TextData) -> None:
         rows = len(getattr(data, split))
         if rows and leaked / rows >= LEAK_WARNED:
             warnings.warn(f"{data.spec.name}: {leak_in_words(leaked, rows, split)}", stacklevel=5)
+
+
+def _quoted(text: str, most: int = MOST_SHOWN) -> str:
+    return f"'{one_line(text, most)}'"
 
 
 def _summary(values: Iterable[int]) -> dict[str, float]:

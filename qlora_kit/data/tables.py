@@ -254,7 +254,9 @@ def _items(thing: Any, kind: str, call: str) -> list[Any]:
     if not isinstance(thing, Iterable) or isinstance(thing, Mapping | bytes | bytearray | memoryview):
         inside = next((name for name in ("texts", "train") if hasattr(thing, name)), None)
         more = f"; its texts are its .{'texts' if inside == 'texts' else 'test.texts'}" if inside else ""
-        raise KitError(f"{call} was given a {kind}: allowed is a list of texts, as in {call}(['a text']){more}")
+        raise KitError(
+            f"{call} was given a {kind} as texts: allowed is a list of texts, as in {call}(['a text']){more}"
+        )
     to_list = getattr(thing, "tolist", None) or getattr(thing, "to_pylist", None)  # pandas and NumPy; Arrow
     found = list(thing) if to_list is None else to_list()
     if not isinstance(found, list):

@@ -27,5 +27,6 @@ from ..metrics.verdict import Report as Report
 from ..metrics.verdict import verdict as verdict
 from .baselines import BASELINE_C as BASELINE_C
 from .baselines import baselines as baselines
+from .comparing import compare_runs as compare_runs
 from .report import data_of as data_of
 from .report import evaluate as evaluate

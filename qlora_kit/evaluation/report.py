@@ -6,6 +6,7 @@ every metric has a 95% interval, and classifiers are compared on the same resamp
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ from .baselines import baselines_of
 
 if TYPE_CHECKING:
     from ..data.rows import TextData
+
+logger = logging.getLogger(__name__)
 
 
 def data_of(run: Predictor, data: TextData | None = None) -> TextData:
@@ -145,16 +148,14 @@ def evaluate(
                 "samples_per_second": len(data.test) / predict_seconds,
                 "total_seconds": time.perf_counter() - start,
             },
-            "environment": describe_environment(
-                next(run.load()[0].parameters()).device,
-                data_checksum=data.checksum,
-                base_checksum=run.environment["checksums"].get("base"),
-            ),
+            "environment": _environment(run, data),
         }
     )
     write_json(run.path / "evaluation.json", result)
     tracking.log_test(run, data.test.labels, result)
-    return Report(result)
+    report = Report(result)
+    logger.info("%s", report.verdict)
+    return report
 
 
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:
@@ -177,6 +178,15 @@ def _beside(row: Mapping[str, Any], test: np.ndarray, data: TextData, resamples:
         for key in ("accuracy", "f1_macro")
     }
     return kept
+
+
+def _environment(run: Predictor, data: TextData) -> dict[str, Any]:
+    """Return the report's section on the machine and on what was tested."""
+    return describe_environment(
+        next(run.load()[0].parameters()).device,
+        data_checksum=data.checksum,
+        base_checksum=run.environment["checksums"].get("base"),
+    )
 
 
 def _about(data: TextData) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from ..models.adapters import trainable_parameters
 from ..models.configuration import layers_of, positions_of
 from ..models.sources import find_base
 from ..system.arguments import COUNT, DEVICE, EXPERIMENT, FLAG, MODEL, ROWS, TEXT, takes
+from ..system.hub import refuse_out_of_reach
 from ..system.safe_peft import peft
 from .devices import DEVICES, Device, find_device
 from .meta_device import _precision, _skeleton
@@ -78,7 +80,8 @@ def of_model(model: str | Experiment) -> Experiment:
     if model in presets() or model == "auto" or model.endswith((".yaml", ".yml")):
         return preset(model)
     spec = ModelSpec(model, random_weights=model.startswith("shape:"))
-    find_base(spec)
+    if find_base(spec).source == model and not Path(model).is_dir():
+        refuse_out_of_reach(model)
     return Experiment("plan", spec, training=TrainingSpec(batch_size=8, optimizer="paged_adamw_8bit"))
 
 

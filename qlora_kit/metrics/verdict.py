@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Names of the baselines in figures, tables and sentences, in the order in which they are shown.
 BASELINE_NAMES = {"embedding_svm": "SVM on frozen states", "tfidf_svm": "SVM on TF-IDF"}
-# A score is called unsure if its 95% interval is at least this wide: 5 points up or down.
+# A score is called unsure if its 95% interval is at least this wide.
 WIDE = 0.1
 _SHOWN = {"accuracy": "accuracy", "f1_macro": "macro F1"}
 
@@ -55,6 +55,19 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     if not leads:
         return f"M{score[1:]}; no baseline was tested beside it, so whether a plain SVM does as well is not known."
     return _compared(score, leads)
+
+
+def untested(training: Mapping[str, Any]) -> str:
+    """Say in one sentence how good a run is on its validation rows, before it is tested.
+
+    Args:
+        training: What `training.json` holds.
+    """
+    score = f"macro F1 {_with_interval(training['metrics']['validation']['f1_macro'])}"
+    score += f" on {training['rows']['validation']:,} validation rows"
+    if training["random_weights"]:
+        return f"The base has random weights, so the scores mean nothing: {score}."
+    return f"Not tested yet: {score}; `evaluate` says whether a plain SVM does as well."
 
 
 def _compared(score: str, leads: Mapping[str, Mapping[str, float]]) -> str:

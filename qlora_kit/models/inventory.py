@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..config.experiment import Experiment
 from ..quantization.backend import backend_of_layer, linear_storage
 from ..quantization.layers import is_linear, why_table_whole, why_whole
+from ..system.arguments import EXPERIMENT, MODULE, takes
 from ..system.safe_bitsandbytes import bnb
 from .heads import head_modules
 
@@ -158,6 +159,7 @@ def table(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
+@takes(model=MODULE, experiment=EXPERIMENT)
 def take(model: nn.Module, experiment: Experiment) -> Inventory:
     """Make the inventory of a classifier's base.
 

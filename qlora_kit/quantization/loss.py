@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.quantization import Quantization
 from ..errors import KitError
-from ..system.arguments import COUNT, takes
+from ..system.arguments import COUNT, TENSOR, takes
 from .reference import roundtrip
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def window_losses(model: Any, token_ids: torch.Tensor, *, window: int = 256, bat
     return torch.cat(losses)
 
 
+@takes(losses=TENSOR, baseline=TENSOR, resamples=COUNT)
 def perplexity(
     losses: torch.Tensor, baseline: torch.Tensor | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, float]:

@@ -7,16 +7,18 @@ import functools
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import schemas
 from ..config.experiment import Experiment
 from ..errors import KitError, nearest
-from ..metrics.verdict import Report
 from ..system.arguments import RUN_FOLDER, takes
 from ..system.manifest import NAME, problem_of_run
 from ..system.parsing import read_json
 from ..system.versions import VERSION
+
+if TYPE_CHECKING:
+    from ..metrics.verdict import Report
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,8 @@ class RunFolder:
     @property
     def evaluation(self) -> Report | None:
         """What `evaluation.json` holds, or None before `qlora_kit.evaluate`."""
+        from ..metrics.verdict import Report
+
         file = self.path / "evaluation.json"
         return Report(schemas.read(file, "evaluation.json")) if file.exists() else None
 

@@ -174,6 +174,7 @@ TEXT = Kind("a text", lambda value: isinstance(value, str))
 WHOLE = Kind("a whole number", _is_whole)
 COUNT = Kind("a whole number of 1 or more", lambda value: _is_whole(value) and value > 0)
 NUMBER = Kind("a number", lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool))
+SHARE = Kind("a number from 0 to 1", lambda value: NUMBER.accepts(value) and 0 <= value <= 1)  # NaN is none
 # numpy's True is not Python's True.
 FLAG = Kind("True or False", lambda value: type(value).__name__ in ("bool", "bool_"))
 LIST = Kind("a list of texts", lambda value: _is_texts(value))
@@ -191,6 +192,7 @@ ROWS = Kind(
     "a list of mappings",
     lambda value: isinstance(value, (list, tuple)) and all(isinstance(row, Mapping) for row in value),
 )
+MODULE = Kind("a torch model", lambda value: hasattr(value, "named_modules"), lambda value: "model")
 TENSOR = Kind("a torch tensor", lambda value: hasattr(value, "numel"))
 EXPERIMENT = Kind("an Experiment", is_a("config.experiment.Experiment"), _experiment_instead)
 PATH_OR_YAML = Kind(

@@ -118,6 +118,4 @@ def training_arguments(
 
 def total_steps(spec: TrainingSpec, rows: int) -> int:
     """Return the number of optimizer steps for this many training rows, as the Trainer counts them."""
-    # The last batch of an epoch may have fewer rows, and the last step fewer batches.
-    each_epoch = math.ceil(math.ceil(rows / spec.batch_size) / spec.gradient_accumulation)
-    return spec.max_steps or math.ceil(each_epoch * spec.epochs)
+    return spec.steps_for(rows)

@@ -130,6 +130,13 @@ class EarlyStopping(EarlyStoppingCallback):
 class EpochLines(TrainerCallback):
     """Print one line per epoch, above the progress bars if there are any."""
 
+    def __init__(self) -> None:
+        self.begun: tuple[float, int] | None = None  # when this process began to train, and at which step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the training begins, for the time that is left."""
+        self.begun = time.perf_counter(), state.global_step
+
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
@@ -144,9 +151,22 @@ class EpochLines(TrainerCallback):
         speed = next((entry for entry in reversed(state.log_history) if "epoch_seconds" in entry), None)
         if speed is not None and speed["step"] == state.global_step:
             words.append(f"{speed['samples_per_second']:.1f} samples/s, {speed['tokens_per_second']:.0f} tokens/s")
-            words.append(f"peak {speed['peak_bytes'] / 2**20:,.0f} MiB")
+            # Without a GPU the peak is the process's, Python and libraries included (see `peak_memory`).
+            whose = "" if torch.cuda.is_available() else " (whole process)"
+            words.append(f"peak{whose} {speed['peak_bytes'] / 2**20:,.0f} MiB")
+        left = state.max_steps - state.global_step
+        if self.begun is not None and left > 0 and state.global_step > self.begun[1]:
+            taken = time.perf_counter() - self.begun[0]
+            words.append(f"about {_spoken(left * taken / (state.global_step - self.begun[1]))} left")
         tqdm.write("; ".join(words), file=sys.stdout)
         sys.stdout.flush()
+
+
+def _spoken(seconds: float) -> str:
+    """Return a time in the unit that suits it: `40 s`, `12 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _callbacks(spec: TrainingSpec) -> list[TrainerCallback]:

@@ -126,7 +126,9 @@ def finetune(
                 _finish(folder, experiment, data, base, prepared, training)
                 # Log more only once the run is complete: W&B can fail or take long.
                 tracking.log_validation(tracked_run, logits, rows.labels, rows.texts, data.label_names)
-    return Run(folder)
+    run = Run(folder)
+    logger.info("%s", run.verdict)
+    return run
 
 
 def with_data(experiment: Experiment, data: TextData) -> Experiment:

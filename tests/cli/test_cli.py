@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from qlora_kit import __version__
 from qlora_kit.cli import main as cli
 from qlora_kit.config.names import presets
 from qlora_kit.errors import KitError
+from qlora_kit.run import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = tuple(command.NAME for command in cli.COMMANDS)
@@ -50,7 +53,7 @@ def test_help_teaches_by_example(capsys: pytest.CaptureFixture[str]):
         assert command in plain
     assert "tickets.csv" in plain and 'predict runs/minilm_banking77_qlora_seed0 "My card' in plain
     for command in NAMES:
-        assert f"examples:\n  python -m qlora_kit {command}" in help_of(capsys, command)
+        assert f"examples:\n  qlora-kit {command}" in help_of(capsys, command)
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -66,11 +69,11 @@ def help_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 def test_every_example_is_a_command_that_parses(capsys: pytest.CaptureFixture[str]):
     for command in ((), *((name,) for name in NAMES)):
         text = re.sub(r" \\\n +", " ", help_of(capsys, *command))
-        lines = [line.strip() for line in text.splitlines() if line.startswith("  python -m qlora_kit ")]
+        lines = [line.strip() for line in text.splitlines() if line.startswith("  qlora-kit ")]
         assert len(lines) > 1, command
         for line in lines:
             # Behind three spaces stands what the command does; behind < or > what the shell takes.
-            words = shlex.split(re.split(r" {3,}| [<>] ", line)[0])[3:]
+            words = shlex.split(re.split(r" {3,}| [<>] ", line)[0])[1:]
             assert cli.make_parser().parse_args(words).command == words[0], line
 
 
@@ -86,6 +89,15 @@ def test_every_command_is_a_file_of_its_name():
     assert files == {name.replace("-", "_") for name in NAMES}
     for command in cli.COMMANDS:
         assert command.__name__ == f"qlora_kit.cli.{command.NAME.replace('-', '_')}"
+
+
+def test_usage_names_the_command_that_is_installed(tmp_path: Path):
+    for arguments in (["--help"], ["plan", "--help"]):
+        said = kit(*arguments, cwd=tmp_path)
+        assert said.returncode == 0 and said.stdout.startswith("usage: qlora-kit "), said.stdout
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    module, _, name = scripts["qlora-kit"].partition(":")
+    assert getattr(importlib.import_module(module), name) is cli.main
 
 
 def test_presets_are_listed_and_printed(capsys: pytest.CaptureFixture[str]):
@@ -207,7 +219,8 @@ def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     train = ["finetune", "minilm_banking77_smoke", "--name", "moods", "--quiet", "--set", "training.epochs=1"]
     train += ["--data", "moods.csv", "--text", "message", "--label", "mood", "--test", "0.2"]
-    assert cli.main([*train, "--set", "training.batch_size=8", "--set", "data.validation=0.2"]) == 0
+    more = ["--set", "training.batch_size=8", "--set", "data.validation=0.2"]
+    assert cli.main([*train, *more]) == 0
     assert capsys.readouterr().out == "runs/moods\n"
 
     monkeypatch.setattr("sys.stdin", io.StringIO("I love this day\n\nawful, I am fed up\n"))
@@ -228,7 +241,27 @@ def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsy
 
     assert cli.main(["evaluate", "runs/moods", "--no-baselines", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert "f1_macro" in said and said.endswith("runs/moods/evaluation.json\n")
+    path, verdict = said.splitlines()[-2:]
+    assert "f1_macro" in said and path == "runs/moods/evaluation.json"
+    assert verdict == load_run("runs/moods").verdict and "no baseline was tested beside it" in verdict
     assert re.search(r"^\d+ of 12 test texts \(\d+\.\d%\) also stand in training or validation", said, re.MULTILINE)
+    assert cli.main(["evaluate", "runs/moods", "--no-baselines", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said.pop("verdict") == verdict and said == load_run("runs/moods").evaluation
+
+    # The same command again, not quiet: what begins, how good the run is and what comes next.
+    assert cli.main([word for word in train if word != "--quiet"] + more) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d+ rows, 2 labels; embedded:minilm, LoRA on nf4, \d+ steps, into runs/moods, on .+", said[0])
+    assert said[-2:] == [verdict, 'next: qlora-kit predict runs/moods "a text"']
+
+    assert cli.main(["predict", "runs/moods", "--reject-below", "1", "I love this", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] is None
+    assert cli.main(["predict", "I love this", "--reject-below", "1", "--top", "1"]) == 2
+    assert "there is no run folder 'I love this'" in capsys.readouterr().err
+    for share in ("nan", "1.5", "-0.1"):
+        assert f"--reject-below is {share}: allowed is 0 to 1" in refused(
+            capsys, "predict", "runs/moods", "a", f"--reject-below={share}"
+        )
     assert cli.main(["check", "runs/moods"]) == 0
     assert "2 records checked, 0 problems" in capsys.readouterr().out

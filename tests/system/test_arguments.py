@@ -64,6 +64,8 @@ def test_the_call_that_is_meant_is_named(experiment):
         lambda: qk.finetune(experiment, resume="no"): "takes True or False as resume, not the str 'no'",
         lambda: qk.finetune(experiment, callbacks=[qk.training.EpochLines]): "callbacks=[EpochLines()]",
         lambda: qk.finetune(experiment, callbacks=qk.training.EpochLines()): "callbacks=[EpochLines()]",
+        lambda: qk.inventory.take(5, 6): "inventory.take takes a torch model as model, not the int 5",
+        lambda: qk.quantization.perplexity(5): "quantization.perplexity takes a torch tensor as losses, not the int 5",
         lambda: qk.search(name): f"write search(preset({name!r}))",
         lambda: qk.search(experiment, [("lora.r", 8)]): "search takes a mapping of names as space, not a list",
         lambda: qk.search(experiment, trials="10"): "search takes a whole number as trials, not the str '10'",
