@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..claims import Records
     from ..memory import Plan
     from ..runs.folder import RunFolder
-    from ..runs.predictor import Predictor
     from ..searching.search import Search
 
 MIB = 2**20
@@ -228,28 +227,6 @@ def errors(confusions: Sequence[Mapping[str, Any]], most: int = 12) -> str:
         lines.append(f"{row['count']} of {row['true']} taken for {row['predicted']}")
         lines += [f"     {example['confidence']:4.0%} sure: {example['text']}" for example in row["examples"]]
     return "\n".join(lines) or "No test text was given a wrong label."
-
-
-def answers(run: Predictor, texts: Sequence[str], top: int = 3) -> pd.DataFrame:
-    """Return a run's best guesses for texts, each with its probability.
-
-    Args:
-        run: The run.
-        texts: The texts.
-        top: How many guesses to show for each.
-    """
-    found = run.predict(list(texts))
-    rows = (
-        {
-            "text": text,
-            **{
-                f"guess {place}": f"{run.label_names[label]} ({row[label]:.0%})"
-                for place, label in enumerate(row.argsort()[::-1][:top], 1)
-            },
-        }
-        for text, row in zip(texts, found.probabilities, strict=True)
-    )
-    return _frame(rows, "text")
 
 
 # ---- memory ----

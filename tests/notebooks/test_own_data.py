@@ -66,7 +66,7 @@ def test_it_runs_on_a_file_of_ones_own_with_a_model_from_a_folder(tiny, tmp_path
     book = nbformat.read(out / "00_your_data.ipynb", 4)
     printed = ["".join(o.get("text", "") for o in cell.get("outputs", ())) for cell in book.cells]
     assert " ".join(printed[-2].split()) == record["verdict"]
-    assert any(asked[0] in str(output) and "guess 1" in str(output)
+    assert any(asked[0] in str(output) and "probability_2" in str(output)
                for cell in book.cells for output in cell.get("outputs", ()))  # fmt: skip
     assert record["verdict"] in html.unescape((out / "index.html").read_text(encoding="utf-8"))
 

@@ -138,10 +138,6 @@ def test_what_came_of_a_run(tiny_experiment, topics, tmp_path: Path):
     assert tables.epochs(run.training).index.name == "epoch"
     facts = tables.data_facts(topics.report())
     assert facts.iloc[0, 0] == ", ".join(str(len(split)) for split in topics.splits().values()) and len(facts) == 5
-    answered = tables.answers(run, ["where is my card"], top=2)
-    assert list(answered.columns) == ["guess 1", "guess 2"]
-    best = run.predict(["where is my card"])
-    assert answered.iloc[0, 0] == f"{best.labels[0]} ({best.probabilities.max():.0%})"
 
 
 # --- notebook 01 --------------------------------------------------------------------------------------------------
