@@ -140,6 +140,36 @@ def test_what_came_of_a_run(tiny_experiment, topics, tmp_path: Path):
     assert facts.iloc[0, 0] == ", ".join(str(len(split)) for split in topics.splits().values()) and len(facts) == 5
 
 
+def test_a_search_is_shown_with_its_best_trial_and_the_presets_own():
+    first = {"number": 0, "state": "complete", "f1_macro": 0.7, "epochs": [0.6, 0.7], "parameters": {"lora.r": 8},
+             "seconds": 3.2, "error": None}  # fmt: skip
+    stopped = {**first, "number": 1, "state": "pruned", "f1_macro": None, "epochs": [0.1]}
+    failed = {**stopped, "number": 2, "state": "fail", "error": "the loss is nan"}
+    best = {**first, "number": 3, "f1_macro": 0.8, "parameters": {"lora.r": 16}}
+    found = [first, stopped, failed, best]
+    table = tables.trials(found)
+    assert list(table["macro F1"]) == ["0.7000", "stopped early", "the loss is nan", "0.8000"]
+    assert list(table["r"]) == [8, 8, 8, 16] and table.loc[0, "macro F1 by epoch"] == "0.6000, 0.7000"
+    record = {"rows": {"validation": 67}}
+    lines = tables.best_trial(
+        SimpleNamespace(best_trial=best, trials=found, record=record, path=Path("s"))
+    ).splitlines()
+    assert lines[0] == "best: trial 3, macro F1 0.8000 on 67 validation rows" and lines[1] == "  lora.r: 16"
+    assert lines[2] == "the preset's settings, trial 0: 0.7000" and lines[-1].endswith("best.yaml")
+
+
+def test_what_claims_are_judged_by_is_listed():
+    records = SimpleNamespace(device="T4", notebooks={"04_memory": {}}, runs=[{"name": "a"}], results={})
+    lines = tables.found_records(records, "out", Path("results")).splitlines()
+    assert lines[0] == "this machine: T4" and lines[1] == "notebooks' records in out: 04_memory"
+    assert lines[2] == "runs on Banking77: a" and lines[3] == "reference records: none in results"
+
+
+def test_the_columns_of_a_file_are_shown_in_words():
+    shown = tables.columns([{"column": "a", "filled": 2, "different": 1, "words": 1.5, "first": "so"}])
+    assert list(shown.columns) == ["rows filled", "different values", "words a value", "such as"]
+
+
 # --- notebook 01 --------------------------------------------------------------------------------------------------
 
 
