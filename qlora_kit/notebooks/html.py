@@ -22,12 +22,12 @@ LONG_CELL = 40  # a longer cell (in characters) makes its column one of texts
 _COLUMNS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 # Sections of a record that have their own place on the page, or repeat the notebook's heading.
 _KNOWN = {"schema", "notebook", "preset", "experiment", "metrics", "memory", "timing", "parameters", "environment"}
-# The figure that is shown before `more`; of another notebook the first one.
+# The figure that is shown before `more`, a wide one: a tall one would be small there. Of other notebooks the first one.
 _FIRST_FIGURE = {
     "00_your_data": "02_scores",
     "01_quantization": "04_error_by_block_size",
-    "02_finetune": "05_training",
-    "04_memory": "02_planned_and_measured",
+    "02_finetune": "04_what_is_stored_how",
+    "04_memory": "01_plan_by_shape",
 }
 
 
