@@ -18,12 +18,13 @@ _ALIKE = (
 )  # fmt: skip
 
 
-def table(verdicts: Sequence[Verdict], most: int = 3) -> list[dict[str, Any]]:
+def table(verdicts: Sequence[Verdict], most: int = 3, between: str = "; ") -> list[dict[str, Any]]:
     """Return verdicts as rows of a readable table.
 
     Args:
         verdicts: What `check` returned, or some of it.
         most: How many figures to show for each; the record has all.
+        between: What stands between two figures or devices; a line break gives each a line of its own.
 
     Returns:
         Rows with `#`, `claim`, `says` (its source), `measured`, `device`, `verdict`, `because`.
@@ -33,8 +34,8 @@ def table(verdicts: Sequence[Verdict], most: int = 3) -> list[dict[str, Any]]:
             "#": verdict.claim.name,
             "claim": verdict.claim.text,
             "says": verdict.claim.says,
-            "measured": "; ".join(map(str, verdict.finding.figures[:most])),
-            "device": ", ".join(verdict.devices[:most]),
+            "measured": between.join(map(str, verdict.finding.figures[:most])),
+            "device": (between if "\n" in between else ", ").join(verdict.devices[:most]),
             "verdict": verdict.finding.verdict,
             "because": verdict.finding.reason,
         }

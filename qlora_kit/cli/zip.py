@@ -12,7 +12,7 @@ examples:
   qlora-kit zip runs/tickets --to tickets.zip
 
 FOLDER is one of notebooks, records and run folders, or one run folder. Left out: checkpoints, the rows of your data,
-links. An existing zip of that name is replaced.
+links, and texts of your rows wherever else they stand (--texts keeps those). An existing zip of that name is replaced.
 """
 
 
@@ -20,12 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     parser.add_argument("folder", metavar="FOLDER", help="a folder of results, or a run folder")
     parser.add_argument("--to", metavar="FILE", help="the zip (FOLDER.zip)")
+    parser.add_argument(
+        "--texts", action="store_true", help="with example texts of your rows, and pages that show them"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; return the exit code."""
     from ..export.archive import zip_results
 
-    made = zip_results(options.folder, options.to)
+    made = zip_results(options.folder, options.to, texts=options.texts)
     print(made)
     return 0

@@ -10,38 +10,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .names import figure_row, text_of, unit_of, words
 from .screen import duration
+from .summary import notebook_lines
 
 _MOST_ROWS = 100
 # A longer table is collapsed: otherwise what follows would be far below.
 _OPEN_ROWS = 30
 _LONG = ' class="long"'
 LONG_CELL = 40  # a longer cell (in characters) makes its column one of texts
-_NAMES = {
-    "accuracy": "accuracy",
-    "f1_macro": "macro F1",
-    "f1_weighted": "weighted F1",
-    "loss": "loss",
-    "test": "fine-tuned, test",
-    "test_without_leaked": "fine-tuned, test without leaked texts",
-    "validation": "fine-tuned, validation",
-    "tfidf_svm": "baseline: TF-IDF + linear SVM",
-    "embedding_svm": "baseline: frozen embeddings + linear SVM",
-}
-# Longer names for facts whose own names say too little beside others.
-_LONGER = {
-    "train_seconds": "training_seconds",
-    "total_seconds": "in_all_seconds",
-    "peak_bytes": "peak_memory_bytes",
-    "reserved_bytes": "reserved_memory_bytes",
-    "planned_bytes": "planned_memory_bytes",
-    "measure": "memory_measured",
-    "trainable": "trained_parameters",
-    "all": "all_parameters",
-}
 _COLUMNS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 # Sections of a record that have their own place on the page, or repeat the notebook's heading.
 _KNOWN = {"schema", "notebook", "preset", "experiment", "metrics", "memory", "timing", "parameters", "environment"}
+# The figure that is shown before `more`, a wide one: a tall one would be small there. Of other notebooks the first one.
+_FIRST_FIGURE = {
+    "00_your_data": "02_scores",
+    "01_quantization": "04_error_by_block_size",
+    "02_finetune": "04_what_is_stored_how",
+    "04_memory": "01_plan_by_shape",
+}
 
 
 def escaped(value: object) -> str:
@@ -54,19 +41,22 @@ def as_number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Return a notebook's section of the page.
+def section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str, Any], title: str = "") -> str:
+    """Return a notebook's section of the page: what it found, and behind `more` all its numbers and figures.
 
     Args:
         out: The folder OUT.
         name: The notebook, e.g. `02_finetune`.
         entry: What `run.json` says about it.
         record: What the notebook itself wrote; empty if it wrote nothing.
+        title: Its title; by default its name.
     """
-    parts = [f'<div class="head"><h2>{escaped(name)}</h2>', _state(entry)]
+    number, _, rest = name.partition("_")
+    heading = f"{number} {title or rest.replace('_', ' ')}"
+    parts = [f'<div class="head"><h2>{escaped(heading)}</h2>', _state(entry)]
     links = [
-        f'<a href="{escaped(name)}{ending}">{words}</a>'
-        for ending, words in ((".html", "read it"), (".ipynb", "notebook"), (".json", "record"))
+        f'<a href="{escaped(name)}{ending}">{shown}</a>'
+        for ending, shown in ((".html", "read it"), (".ipynb", "notebook"), (".json", "record"))
         if (out / f"{name}{ending}").is_file()
     ]
     parts.append(f"<span>{' · '.join(links)}</span></div>")
@@ -78,32 +68,52 @@ def section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str,
         parts.append(f'<pre class="error">{escaped(entry["error"])}</pre>')
     found = record.get("metrics")
     metrics: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    parts.append(_metrics(metrics))
-    # Metrics that do not fit into the table above, from other notebooks.
-    scored = {key for key, value in metrics.items() if any(True for _ in _metric_rows({key: value}))}
-    parts += [_value(key, value) for key, value in metrics.items() if key not in scored]
-    facts: dict[str, Any] = {}
-    for key in ("timing", "memory", "parameters"):
-        if isinstance(record.get(key), dict):
-            facts.update({_LONGER.get(name, name): value for name, value in record[key].items()})
-    more = {key: value for key, value in record.items() if key not in _KNOWN}
-    facts.update({key: value for key, value in more.items() if not isinstance(value, (dict, list))})
-    parts.append(fact_list({key: value for key, value in facts.items() if not isinstance(value, (dict, list))}))
-    for key, value in more.items():
-        if isinstance(value, (dict, list)):
-            parts.append(_value(key, value))
-    parts.append(_figures(out / name))
-    for key, words in (("experiment", "The experiment"), ("environment", "Made with")):
+    lines = notebook_lines(name, record)
+    parts += [f"<p>{escaped(line[:1].upper() + line[1:])}.</p>".replace("..</p>", ".</p>") for line in lines]
+    scored = _metrics(metrics)
+    if not lines:
+        parts.append(scored)
+        scored = ""
+    figures = _figures(out / name)
+    chosen = _FIRST_FIGURE.get(name, "")
+    first = chosen if chosen in figures else next(iter(figures), "")
+    # Beside a table of scores, one figure more would be more than a screen.
+    if first and lines:
+        parts.append(f'<div class="first">{figures.pop(first)}</div>')
+    more = scored + _numbers(metrics, record)
+    more += f'<div class="figures">{"".join(figures.values())}</div>' if figures else ""
+    for key, said in (("experiment", "The experiment"), ("environment", "Made with")):
         if record.get(key):
-            parts.append(f"<details><summary>{words}</summary><pre>{_json(record[key])}</pre></details>")
+            more += f"<details><summary>{said}</summary><pre>{_json(record[key])}</pre></details>"
+    if more:
+        count = f", {len(figures)} figure{'s' if len(figures) > 1 else ''}" if figures else ""
+        parts.append(f'<details class="more"><summary>more: all numbers{count}</summary>{more}</details>')
     return f"<section>{''.join(parts)}</section>"
 
 
+def _numbers(metrics: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Return all that a record holds beside the table of scores."""
+    # Metrics that do not fit into that table, from other notebooks.
+    scored = {key for key, value in metrics.items() if any(True for _ in _metric_rows({key: value}))}
+    parts = [_value(key, value) for key, value in metrics.items() if key not in scored]
+    facts: dict[str, Any] = {}
+    for key in ("timing", "memory", "parameters"):
+        if isinstance(record.get(key), dict):
+            facts.update(record[key])
+    extra = {key: value for key, value in record.items() if key not in _KNOWN}
+    facts.update({key: value for key, value in extra.items() if not isinstance(value, (dict, list))})
+    parts.append(fact_list({key: value for key, value in facts.items() if not isinstance(value, (dict, list))}))
+    nested = {key: value for key, value in facts.items() if isinstance(value, (dict, list))}
+    parts += [_value(key, value) for key, value in nested.items()]
+    parts += [_value(key, value) for key, value in extra.items() if isinstance(value, (dict, list))]
+    return "".join(parts)
+
+
 def _state(entry: Mapping[str, Any]) -> str:
-    words = str(entry.get("state"))
+    said = str(entry.get("state"))
     if isinstance(entry.get("seconds"), (int, float)):
-        words += f" after {duration(entry['seconds'])}"
-    return f'<span class="state {escaped(entry.get("state"))}">{escaped(words)}</span>'
+        said += f" after {duration(entry['seconds'])}"
+    return f'<span class="state {escaped(entry.get("state"))}">{escaped(said)}</span>'
 
 
 # --- records as tables --------------------------------------------------------------------------------------------
@@ -119,11 +129,11 @@ def _metric_rows(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str,
     """Yield the rows of the table of metrics: a name and its scores. Baselines come after the fine-tuned model."""
     for name, values in metrics.items():
         if name == "test_without_leaked" and values is None:
-            yield f"{_NAMES[name]}: none is left", {}
+            yield f"{words(name)}: none is left", {}
         if not isinstance(values, dict):
             continue
         if any(key in _COLUMNS and _is_metric(value) for key, value in values.items()):
-            who = _NAMES.get(name, _words(name))
+            who = words(name)
             yield who, values
             if isinstance(values.get("ahead"), dict):
                 yield f"fine-tuned minus {who.removeprefix('baseline: ')}", values["ahead"]
@@ -136,7 +146,7 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     columns = [key for key in _COLUMNS if any(key in values for _, values in rows)]
-    head = "".join(f'<th class="n">{escaped(_NAMES.get(key, _words(key)))}</th>' for key in columns)
+    head = "".join(f'<th class="n">{escaped(words(key))}</th>' for key in columns)
     body = []
     for place, (name, values) in enumerate(rows):
         cells = "".join(f'<td class="n">{_metric(values.get(key))}</td>' for key in columns)
@@ -160,30 +170,9 @@ def _metric(value: Any) -> str:
     return _scalar("", value)
 
 
-def _words(name: str) -> str:
-    words = re.sub(r"_(bytes|seconds)$", "", str(name)).replace("_", " ")
-    for plain, written in (("snr db", "SNR, dB"), ("mse", "MSE"), ("lloyd max", "Lloyd-Max")):
-        words = re.sub(rf"\b{plain}\b", written, words)
-    return words
-
-
 def _scalar(key: str, value: Any) -> str:
-    """Return one value as text for the page, in the unit that its name ends with."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)):
-        if key.endswith("bytes"):
-            return f"{value / 2**20:,.1f} MiB"
-        if key.endswith("seconds"):
-            return duration(value) if value >= 10 else f"{value:.3g} s"
-        if isinstance(value, int):
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
-        if abs(value) < 0.01:
-            return f"{value:.3g}"
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
-    return escaped(value)
+    """Return one value as text for the page, in the unit of its key."""
+    return escaped(text_of(value, unit_of(key)))
 
 
 def _value(key: str, value: Any) -> str:
@@ -192,17 +181,21 @@ def _value(key: str, value: Any) -> str:
         flat = {name: item for name, item in value.items() if not isinstance(item, (dict, list))}
         numbers = {name: item for name, item in value.items() if _is_numbers(item)}
         deep = {name: item for name, item in value.items() if name not in flat and name not in numbers}
-        inner = fact_list(flat) + _columns(numbers) + "".join(_value(name, item) for name, item in deep.items())
-        return f"<h3>{escaped(_words(key))}</h3>{inner}" if flat or numbers else inner
+        inner = (
+            fact_list(flat, unit_of(key))
+            + _columns(numbers)
+            + "".join(_value(name, item) for name, item in deep.items())
+        )
+        return f"<h3>{escaped(words(key))}</h3>{inner}" if flat or numbers else inner
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         if len(value) > _OPEN_ROWS:
-            return f"<details><summary>{escaped(_words(key))}: {len(value)} rows</summary>{_table(value)}</details>"
-        return f"<h3>{escaped(_words(key))}</h3>{_table(value)}"
+            return f"<details><summary>{escaped(words(key))}: {len(value)} rows</summary>{_table(value)}</details>"
+        return f"<h3>{escaped(words(key))}</h3>{_table(value)}"
     if value in (None, {}, [], ""):
         return ""
     if isinstance(value, list):
-        return f"<details><summary>{escaped(_words(key))}</summary><pre>{_json(value)}</pre></details>"
-    return f"<h3>{escaped(_words(key))}</h3><p>{_scalar(key, value)}</p>"
+        return f"<details><summary>{escaped(words(key))}</summary><pre>{_json(value)}</pre></details>"
+    return f"<h3>{escaped(words(key))}</h3><p>{_scalar(key, value)}</p>"
 
 
 def _is_numbers(value: Any) -> bool:
@@ -216,18 +209,25 @@ def _columns(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return _table(rows) if rows else ""
 
 
-def fact_list(values: Mapping[str, Any]) -> str:
-    """Return single values as an HTML list of names and values, without those that are None."""
+def fact_list(values: Mapping[str, Any], unit: str = "") -> str:
+    """Return single values as an HTML list of names and values, without those that are None.
+
+    Args:
+        values: By name.
+        unit: The unit of all of them, if they have one, as `names.unit_of` gives it; else each has that of its name.
+    """
     shown = [(key, value) for key, value in values.items() if value is not None]
     items = "".join(
         f"<div{_LONG if len(str(value)) > 36 else ''}>"
-        f"<dt>{escaped(_words(key))}</dt><dd>{_scalar(key, value)}</dd></div>"
+        f"<dt>{escaped(key if unit else words(key))}</dt>"
+        f"<dd>{escaped(text_of(value, unit)) if unit else _scalar(key, value)}</dd></div>"
         for key, value in shown
     )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    rows = [figure_row(row) for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     numeric = {key for key in columns if all(row.get(key) is None or _is_metric(row[key]) for row in rows)}
     nested = {key for key in columns if any(isinstance(row.get(key), dict) for row in rows)}
@@ -235,8 +235,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     mark = {key: ' class="n"' if key in numeric else ' class="t"' if key in long else "" for key in columns}
     # On a phone, columns of texts do not fit side by side: there a row is a card with one line per column.
     cards = len(long) > 1
-    name = {key: f' data-name="{escaped(_words(key))}"' if cards else "" for key in columns}
-    head = "".join(f"<th{mark[key]}>{escaped(_words(key))}</th>" for key in columns)
+    name = {key: f' data-name="{escaped(words(key))}"' if cards else "" for key in columns}
+    head = "".join(f"<th{mark[key]}>{escaped(words(key))}</th>" for key in columns)
     body = "".join(
         "<tr>" + "".join(f"<td{mark[key]}{name[key]}>{_cell(key, row.get(key))}</td>" for key in columns) + "</tr>"
         for row in rows[:_MOST_ROWS]
@@ -251,24 +251,33 @@ def _cell(key: str, value: Any) -> str:
             return _metric(value)
         if not value:
             return _scalar(key, None)
-        return f"<details><summary>{len(value)} values</summary><pre>{_json(value)}</pre></details>"
+        unit = unit_of(key)
+        inside = "<br>".join(f"{escaped(name)}: {escaped(_inner(item, unit))}" for name, item in value.items())
+        return f"<details><summary>{len(value)} values</summary>{inside}</details>"
     if isinstance(value, list):
-        return "<br>".join(escaped(item) for item in value)
+        unit = unit_of(key)
+        return "<br>".join(escaped(_inner(item, unit)) for item in value)
     return _scalar(key, value)
+
+
+def _inner(value: Any, unit: str) -> str:
+    """Return an item of a cell: with its unit, or as JSON where it has items itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else text_of(value, unit)
 
 
 def _json(value: Any) -> str:
     return escaped(json.dumps(value, indent=1, ensure_ascii=False))
 
 
-def _figures(folder: Path) -> str:
-    shown = []
+def _figures(folder: Path) -> dict[str, str]:
+    """Return a notebook's figures as HTML by the names of their files, in their order."""
+    shown = {}
     for path in sorted(folder.glob("*.png")):
         if path.is_file() and not path.is_symlink():
             picture = base64.b64encode(path.read_bytes()).decode("ascii")
-            words = _words(re.sub(r"^\d+_", "", path.stem))
-            shown.append(
-                f'<figure><img src="data:image/png;base64,{picture}" alt="{escaped(words)}">'
-                f"<figcaption>{escaped(words)}</figcaption></figure>"
+            said = words(re.sub(r"^\d+_", "", path.stem))
+            shown[path.stem] = (
+                f'<figure><img src="data:image/png;base64,{picture}" alt="{escaped(said)}">'
+                f"<figcaption>{escaped(said)}</figcaption></figure>"
             )
-    return f'<div class="figures">{"".join(shown)}</div>' if shown else ""
+    return shown

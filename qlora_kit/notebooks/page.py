@@ -10,8 +10,9 @@ import base64
 import contextlib
 import io
 import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from .. import schemas
 from ..errors import KitError
 from ..system.files import write_text
 from ..system.parsing import read_json
-from .html import LONG_CELL, as_number, escaped, fact_list, section
+from .html import LONG_CELL, escaped, fact_list, section
+from .summary import five_lines, warning
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -36,16 +38,17 @@ def write_index(out: str | Path) -> Path:
     """
     out = Path(out)
     state = schemas.read(out / "run.json", "run.json")
-    sections, records = [], []
+    sections: list[str] = []
+    records: dict[str, Mapping[str, Any]] = {}
     for name, entry in state["notebooks"].items():
         record: dict[str, Any] = {}
         with contextlib.suppress(KitError):
             read = read_json(out / f"{name}.json")
             record = read if isinstance(read, dict) else {}
-        records.append(record)
+        records[name] = record
         if entry["state"] != "running" and (out / f"{name}.ipynb").is_file():
             write_notebook_page(out / f"{name}.ipynb", out / f"{name}.html")
-        sections.append(section(out, name, entry, record))
+        sections.append(section(out, name, entry, record, _title(out / f"{name}.ipynb")))
     page = out / "index.html"
     write_text(page, _document(f"{state['preset']}: results", _head(state, records) + "\n".join(sections), "style.css"))
     return page
@@ -76,6 +79,15 @@ def write_notebook_page(notebook: Path, page: Path) -> None:
     back = '<p><a href="index.html">all notebooks</a></p>'
     # notebook.css adds what nbconvert's HTML needs.
     write_text(page, _document(notebook.stem, back + body, "style.css", "notebook.css"))
+
+
+def _title(notebook: Path) -> str:
+    """Return an executed notebook's title, the first line of its first cell; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        source = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+        first = (source if isinstance(source, str) else "".join(source)).partition("\n")[0]
+        return first.removeprefix("# ").strip() if first.startswith("# ") else ""
+    return ""
 
 
 def _is_set_up(cell: Any) -> bool:
@@ -174,18 +186,31 @@ def _document(title: str, body: str, *styles: str) -> str:
     )
 
 
-def _head(state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+def _head(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the top of the page: what ran, five lines on what came of it, and folded what it was made with."""
+    lines = five_lines(state, records)
+    shown = []
+    for name, line in lines.items():
+        text = f"<pre>{escaped(line)}</pre>" if "\n" in line else escaped(line[:1].upper() + line[1:])
+        if name == "claims" and records.get("05_claims"):
+            text += ': <a href="05_claims.html">which, and why</a>'
+        shown.append(f"<div><dt>{escaped(name)}</dt><dd>{text}</dd></div>")
+    said = warning(state, records)
+    caution = f'<p class="caution">{escaped(said)}</p>' if said else ""
+    return (
+        f"<header><h1>{escaped(state['preset'])}</h1>"
+        f'<p class="soft">PRESET={escaped(state.get("asked"))}: {escaped(state.get("why"))}</p>'
+        f'{caution}<dl class="five">{"".join(shown)}</dl>'
+        f"<details><summary>made with</summary>{fact_list(_made_with(state, records))}</details></header>"
+    )
+
+
+def _made_with(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     environment: Mapping[str, Any] = {}
-    for record in records:
+    for record in records.values():
         if isinstance(record.get("environment"), dict) and record["environment"]:
             environment = record["environment"]
-    seconds = sum(as_number(entry.get("seconds")) for entry in state["notebooks"].values())
-    started = str(state.get("started")).replace("T", " ").replace("+00:00", " UTC")
-    facts: dict[str, Any] = {}
-    for record in records:
-        with contextlib.suppress(KeyError, TypeError):
-            facts["macro F1 on the test rows"] = float(record["metrics"]["test"]["f1_macro"]["value"])
-    facts |= {"started": started, "in_all_seconds": seconds}
+    facts: dict[str, Any] = {"started": str(state.get("started")).replace("T", " ").replace("+00:00", " UTC")}
     for key in ("device", "threads", "commit"):
         if environment.get(key) is not None:
             facts[key] = environment[key]
@@ -195,8 +220,4 @@ def _head(state: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str
     if isinstance(versions, dict):
         shown = ("torch", "transformers", "peft", "bitsandbytes")
         facts.update({key: versions[key] for key in shown if key in versions})
-    return (
-        f"<header><h1>{escaped(state['preset'])}</h1>"
-        f'<p class="soft">PRESET={escaped(state.get("asked"))}: {escaped(state.get("why"))}</p>'
-        f"{fact_list(facts)}</header>"
-    )
+    return facts

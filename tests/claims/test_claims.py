@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import nbformat
@@ -600,6 +601,31 @@ def test_a_gpu_goes_first_and_where_others_disagree_all_are_told():
     assert found.verdict == FAILS and found.figures[0].device == "Tesla T4"
 
 
+def test_rounds_here_whose_ranges_overlap_do_not_turn_the_verdict():
+    # On the explained model and a GPU of one's own, notebook 04 goes before every reference.
+    overlapping = timed(0.7, 0.71, 0.72, 0.7, 1.1, device="Tesla T4")
+    for ratio, expected in ((0.9, HOLDS), (1.2, FAILS)):
+        reference = results("speed", *raced(ratio))
+        alone = claim("4").rule(Records(results=reference, device="Tesla T4"))
+        found = claim("4").rule(Records(results=reference, notebooks=overlapping, device="Tesla T4"))
+        assert found.verdict == alone.verdict == expected and found.figures == alone.figures
+        assert found.reason.startswith(alone.reason + ". Notebook 04's rounds on Tesla T4 decide nothing")
+        assert "the ranges of the two overlap (QLoRA is not told apart (0.6931 to 1.122 times" in found.reason
+        assert [figure.source for figure in found.beside] == ["04_memory.json"]
+    # Where they do not overlap, they decide, and a line says where the reference differs and why.
+    apart = timed(0.7, 0.71, 0.72, 0.7, 0.71, device="Tesla T4")
+    found = claim("4").rule(Records(results=results("speed", *raced(1.2)), notebooks=apart, device="Tesla T4"))
+    assert found.verdict == HOLDS and "results/speed.json disagrees" in found.reason and "Other devices" in found.reason
+
+
+def test_a_run_on_a_users_own_rows_is_no_evidence(tiny_experiment, topics, tmp_path: Path):
+    experiment = tiny_experiment(training__max_steps=1)
+    run = qk.finetune(experiment, data=topics, out=tmp_path / "runs", progress=False)
+    assert claims._runs(tmp_path / "runs") == []
+    file = run.path / "experiment.yaml"
+    assert "name: memory" in file.read_text()
+
+
 def test_kernels_that_were_summed_are_said_to_be():
     for more, said in (({}, True), ({"device_seconds_means": "busy"}, False)):
         rows = raced(1.2, kernels=1.2, **more)
@@ -1102,8 +1128,9 @@ def test_the_plans_that_are_drawn_are_of_the_explained_step(reference: Records):
     assert {row["device"] for row in claims.plans(Records(computed=reference.computed))} == {"planned for a T4"}
 
 
-def test_a_notebooks_record_and_a_run_are_read(tmp_path, tiny_experiment, topics):
-    run = qk.finetune(tiny_experiment(training__max_steps=6), data=topics, out=tmp_path / "runs", progress=False)
+def test_a_notebooks_record_and_a_run_are_read(tmp_path, tiny_experiment):
+    experiment = tiny_experiment(training__max_steps=6, data__limit=154)
+    run = qk.finetune(experiment, out=tmp_path / "runs", progress=False)
     metrics = {"quantization": {"normal_snr_db": {"nf4": 20, "int4": 21}}}
     book = notebook_record("01_quantization", preset="p", metrics=metrics)
     write_json(tmp_path / "01_quantization.json", book)

@@ -136,6 +136,15 @@ def test_a_terminal_merges_and_zips(runs, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == f"{tmp_path / 'run.zip'}\n"
     names = zipfile.ZipFile(tmp_path / "run.zip").namelist()
     assert f"{runs[0].name}/training.json" in names and not any("/data/" in name for name in names)
+    # Example texts of one's rows leave only where they are asked for.
+    assert cli.main(["zip", str(runs[0]), "--to", str(tmp_path / "texts.zip"), "--texts"]) == 0
+    capsys.readouterr()
+    whole = (runs[0] / "evaluation.json").read_bytes()
+    kept = {
+        name: zipfile.ZipFile(tmp_path / name).read(f"{runs[0].name}/evaluation.json")
+        for name in ("run.zip", "texts.zip")
+    }
+    assert kept["texts.zip"] == whole != kept["run.zip"]
     assert "there is no folder" in refused(capsys, "zip", tmp_path / "nothing")
 
 

@@ -1,6 +1,6 @@
 """Run the notebooks among Colab's own packages: `make test-colab`, and `make test-colab-small` in CI.
 
-    python tests/colab/check.py                  Python 3.13, torch and all six notebooks as in Colab (gigabytes)
+    python tests/colab/check.py                  Python 3.13, torch and all notebooks as in Colab (gigabytes)
     python tests/colab/check.py --small          this Python, a torch for the CPU, notebooks 02, 04 and 05
     python tests/colab/check.py --refresh FILE   versions.txt again, from a `pip freeze` of Colab
 

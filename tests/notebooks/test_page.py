@@ -47,9 +47,11 @@ def test_all_of_a_run_is_shown_and_fits_a_phone(out: Path, tmp_path: Path):
             assert shown.evaluate("document.images.length") == len(pictures)
             assert shown.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
+            shown.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
         seen = shown.evaluate("document.body.innerText")
         score = json.loads((out / "03_evaluate.json").read_text())["metrics"]["test"]["f1_macro"]
-        for words in ("01_quantization", "baseline: TF-IDF", f"{score['value']:.4f}", f"{score['low']:.4f}"):
+        for words in ("01 What are four bits?", "baseline: TF-IDF", f"{score['value']:.4f}", f"{score['low']:.4f}"):
             assert words in seen, words
         # A figure is as wide as the page lets it, and the smallest letters are no smaller than on a printed page.
         assert shown.evaluate("Math.min(...[...document.images].map(i => i.getBoundingClientRect().width))") > 300
@@ -96,7 +98,7 @@ def test_diagrams_of_the_notebooks_are_pictures_of_the_sources_in_docs(tmp_path:
     assert found == 1
 
 
-def test_a_long_table_is_folded_and_the_score_stands_on_top(tmp_path: Path):
+def test_a_long_table_is_folded_and_what_it_was_made_with_too(tmp_path: Path):
     score = {"value": 0.12345, "low": 0.1, "high": 0.2}
     rows = [{"trial": place} for place in range(31)]
     record = {"metrics": {"test": {"f1_macro": score}}, "few": rows[:30], "many": rows}
@@ -104,7 +106,9 @@ def test_a_long_table_is_folded_and_the_score_stands_on_top(tmp_path: Path):
     state = {"preset": "p", "asked": "p", "why": "w", "notebooks": {"03_evaluate": {"state": "finished"}}}
     (tmp_path / "run.json").write_text(json.dumps(state))
     shown = write_index(tmp_path).read_text()
-    assert "<dt>macro F1 on the test rows</dt><dd>0.1235</dd>" in shown.partition("<section>")[0]
+    head = shown.partition("<section>")[0]
+    assert "<dd>Macro F1 0.123 (0.100 to 0.200) on the test rows; beside it no baseline</dd>" in head
+    assert "<details><summary>made with</summary>" in head
     assert "<h3>few</h3>" in shown and "<summary>many: 31 rows</summary>" in shown
 
 
