@@ -29,8 +29,6 @@ STATED = {
     "two CPU cores": "the least machine that the notebooks are made for",
     "count twice": "how a sum counts",
     "half written": "a way of speaking",
-    "Three doors": "the section's own parts",
-    "the ten lines": "the code's own length",
     "a tiny model, ten steps": "what another project's CI does",
     "dozens of methods": "another project's, roughly",
     "95% interval": "the share that intervals are made for",

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         print(harmless(f"{name:{width}}  " + "  ".join(f"{value:>26}" for value in values)))
     for row in found["differences"]:
         lead = lead_in_words(row["f1_macro"])
-        words = {"ahead": "is ahead of", "behind": "is behind"}.get(lead, "is not told apart from")
+        words = {"ahead": "is ahead of", "behind": "is behind"}.get(lead, "shows no clear difference from")
         print(harmless(f"{row['run']} {words} {row['minus']} in macro F1"))
     print("settings that differ:" if found["settings"] else "no setting differs")
     for name, values in found["settings"].items():

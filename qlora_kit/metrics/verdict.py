@@ -82,7 +82,7 @@ def _compared(score: str, leads: Mapping[str, Mapping[str, float]]) -> str:
     parts = {
         "behind": f"behind {' and '.join(sides['behind'])}",
         "ahead": f"ahead of {' and '.join(sides['ahead'])}",
-        "apart": f"not told apart from {' or '.join(sides['apart'])}",
+        "apart": f"no clear difference from {' or '.join(sides['apart'])}",
     }
     said = {side: parts[side] for side in ("behind", "ahead", "apart") if sides[side]}
     simpler = "the simpler one" if len(sides["behind"] or sides["apart"]) == 1 else "one of the simpler ones"
@@ -90,7 +90,7 @@ def _compared(score: str, leads: Mapping[str, Mapping[str, float]]) -> str:
         first, *rest = said.values()
         more = f"; {'; '.join(rest)}" if rest else ""
         return f"B{first[1:]}, with {score}{more}: take {simpler}, or look for better settings."
-    end = f"{simpler} may do" if "apart" in said else "fine-tuning gave the better classifier"
+    end = f"{simpler} may be enough" if "apart" in said else "fine-tuning gave the better classifier"
     return f"M{score[1:]}: {'; '.join(said.values())}: {end}."
 
 

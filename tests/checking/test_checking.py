@@ -512,6 +512,7 @@ def test_what_stands_beside_the_rows_is_of_them(tmp_path: Path):
     assert "differences[0].f1_macro: " in "\n".join(check(tmp_path, "schemes", out).wrong)
 
 
+@pytest.mark.long
 def test_a_tuned_run_has_the_learning_rate_that_was_chosen(tmp_path: Path):
     """All rows of a preset changed alike: tuning.json, beside the record, knows better."""
     (tmp_path / "results").mkdir()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
+import io
 import json
 import os
 import re
@@ -127,35 +129,53 @@ def _by_pipeline(folder, texts) -> list[str]:
 
 
 def _by_the_cards_lines(folder, texts) -> list[str]:
-    """Run the card's example in a process that cannot import the kit."""
     card = (folder / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     assert '["a text"]' in lines and "qlora_kit" not in lines
-    asked = lines.replace('"this-folder"', repr(str(folder))).replace('["a text"]', "texts")
-    code = f"import sys\nsys.modules['qlora_kit'] = None\ntexts = {texts!r}\n{asked}"
-    done = _alone(code, folder)
-    assert done.returncode == 0, done.stderr
-    answer: list[dict[str, str]] = yaml.safe_load(done.stdout)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.MonkeyPatch.context() as patch:
+        # transformers copies the folder's code there before it runs it.
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+        exec(lines.replace('"this-folder"', repr(str(folder))).replace('["a text"]', repr(texts)), {})
+    answer: list[dict[str, str]] = yaml.safe_load(shown.getvalue())
     return [one["label"] for one in answer]
 
 
 def _alone(code, folder) -> subprocess.CompletedProcess[str]:
     # transformers copies the folder's code into its cache before it runs it.
     environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules"), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
 
 
 def test_a_merged_model_with_code_is_refused_by_whoever_does_not_trust_it(trained, tmp_path):
     folder = tmp_path / "merged"
     assert trained("bert nf4").merge(folder, progress=False)["layout"] == "with_code"
     # Without its code transformers would take its own class, and fill the head with random numbers.
-    for call in (
-        "transformers.AutoModelForSequenceClassification.from_pretrained({folder!r})",
-        "transformers.AutoModel.from_pretrained({folder!r})",
-        "transformers.pipeline('text-classification', {folder!r})",
-    ):
-        done = _alone("import transformers\n" + call.format(folder=str(folder)), folder)
-        assert done.returncode != 0 and "trust_remote_code" in done.stderr, call
+    code = (
+        "import sys, transformers\n"
+        "sys.modules['qlora_kit'] = None\n"
+        "folder = sys.argv[1]\n"
+        "for call in (\n"
+        "    lambda: transformers.AutoModelForSequenceClassification.from_pretrained(folder),\n"
+        "    lambda: transformers.AutoModel.from_pretrained(folder),\n"
+        "    lambda: transformers.pipeline('text-classification', folder),\n"
+        "):\n"
+        "    try:\n"
+        "        call()\n"
+        "        print('ANSWER opened')\n"
+        "    except ValueError as error:\n"
+        "        print('ANSWER', 'trust_remote_code' in str(error))\n"
+        "kind = transformers.AutoModelForSequenceClassification\n"
+        "m, info = kind.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'], info\n"
+        "print('ANSWER', type(m).__name__)\n"
+    )
+    done = _alone(code, folder)
+    assert done.returncode == 0, done.stderr
+    # transformers prints, too: it asks whether the code is trusted.
+    answers = re.findall(r"ANSWER (\w+)", done.stdout)
+    assert answers == ["True", "True", "True", "PooledForSequenceClassification"]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

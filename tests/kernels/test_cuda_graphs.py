@@ -199,7 +199,7 @@ def test_the_widths_that_are_captured_are_those_that_come(tiny_experiment, tmp_p
     for padding, accumulation in (("buckets", 1), ("buckets", 3), ("longest", 1)):
         spec = TrainingSpec(batch_size=16, gradient_accumulation=accumulation, padding=padding, epochs=2)
         arguments = training.training_arguments(
-            spec, tmp_path, device=torch.device("cpu"), precision="fp32", steps=1, tracked=False, progress=False
+            spec, tmp_path, device=torch.device("cpu"), precision="fp32", steps=1, progress=False
         )
         trainer = training.KitTrainer(
             spec=spec,

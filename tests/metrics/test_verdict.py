@@ -48,8 +48,8 @@ M = "Macro F1 0.895 (0.884 to 0.906)"
 SENTENCES = [
     (
         {"tfidf_svm": CLEAR, "embedding_svm": UNCLEAR},
-        f"{M}: ahead of the SVM on TF-IDF by 0.021; not told apart from the SVM on frozen states: the simpler one may "
-        "do.",
+        f"{M}: ahead of the SVM on TF-IDF by 0.021; no clear difference from the SVM on frozen states: the simpler one "
+        "may be enough.",
     ),
     (
         {"embedding_svm": CLEAR, "tfidf_svm": CLEAR},
@@ -58,7 +58,8 @@ SENTENCES = [
     ),
     (
         {"tfidf_svm": UNCLEAR, "embedding_svm": UNCLEAR},
-        f"{M}: not told apart from the SVM on TF-IDF or the SVM on frozen states: one of the simpler ones may do.",
+        f"{M}: no clear difference from the SVM on TF-IDF or the SVM on frozen states: one of the simpler ones may be "
+        "enough.",
     ),
     (
         {"tfidf_svm": CLEAR, "embedding_svm": BEHIND},
@@ -84,7 +85,9 @@ def test_a_sentence_compares_with_each_baseline(leads: dict[str, tuple[float, fl
 @pytest.mark.parametrize("gap", [(0.01, 0.01), (-0.01, 0.01), (0.0, 0.0)])
 def test_an_interval_that_touches_0_is_neither_ahead_nor_behind(gap: tuple[float, float]):
     # 0.01 - 0.01 is exactly 0 in floats, too.
-    assert "not told apart from the SVM on TF-IDF: the simpler one may do." in verdict(evaluation(tfidf_svm=gap))
+    assert "no clear difference from the SVM on TF-IDF: the simpler one may be enough." in verdict(
+        evaluation(tfidf_svm=gap)
+    )
 
 
 def test_a_lead_too_small_to_print_is_not_printed_as_0():
@@ -104,7 +107,7 @@ def test_scores_that_mean_nothing_are_called_so():
 
 def test_a_score_of_few_rows_is_called_unsure():
     said = verdict(evaluation(0.7, half=0.06, rows=80, tfidf_svm=UNCLEAR))
-    assert "(0.640 to 0.760; unsure, as there are only 80 test rows): not told" in said
+    assert "(0.640 to 0.760; unsure, as there are only 80 test rows): no clear" in said
     assert "unsure" not in verdict(evaluation(0.7, half=0.04, rows=80, tfidf_svm=UNCLEAR))
     # All of a few rows right: the interval has no width, and the score is unsure all the same.
     assert "Macro F1 1.000 (1.000 to 1.000; unsure, as there are only 24 test rows)" in verdict(

@@ -352,6 +352,7 @@ def test_gpt2s_tokenizer_gets_a_pad_token_and_the_model_knows_it():
     assert tokenizer.padding_side == "right"
 
 
+@pytest.mark.long
 def test_dialogpt_medium_has_the_explained_numbers_of_parameters():
     # Trap 13 and the first claim: GPT-2's Conv1D, and c_proj, which names two projections of each block.
     experiment = qk.preset("dialogpt-medium_banking77_recipe").override(

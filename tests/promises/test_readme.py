@@ -40,8 +40,14 @@ def test_the_first_screen_says_what_it_is_how_to_start_and_where_to_go_on(with_b
         (opening,) = re.findall(r"^# qlora_kit\n\n(.*?)\n\n<img", screen, re.DOTALL)
         assert len(re.findall(r"[.:?!](?=\s|\*|$)", opening)) == 2, "two sentences"
         assert "CPU included" in " ".join(opening.split()) and "SVM" in opening
-        order = ["**QLoRA** fine-tunes", '<img src="results/', "\npip install", "<!-- ten lines", "```text\nMacro F1"]
-        order += ["Weights & Biases", "**Three doors", "1. **Colab**", "2. **`make run-notebooks`**", "3. **Your own"]
+        order = ["**QLoRA** keeps", '<img src="results/', "\npip install", "<!-- ten lines", "```text\nMacro F1"]
+        order += [
+            "Weights & Biases",
+            "**Ways to use it",
+            "1. **Colab**",
+            "2. **`make run-notebooks`**",
+            "3. **Your own",
+        ]
         places = [screen.find(words) for words in order]
         assert -1 not in places and places == sorted(places), dict(zip(order, places, strict=True))
         assert screen.count("<img") == 1 and "![" not in screen.replace("[![Open in Colab]", "")

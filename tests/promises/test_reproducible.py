@@ -93,7 +93,7 @@ def test_a_rerun_in_a_process_of_its_own_is_the_same_to_the_last_bit(tested, tmp
     assert untimed(again.training) == untimed(tested.training)
     before, after = (rerun._without_intervals(untimed(run.evaluation)) for run in (tested, again))
     assert before == after
-    assert again.experiment.tracking.wandb == "none"
+    assert again.experiment.tracking.trackers == ()
 
 
 def test_the_recorded_threads_are_taken_for_training_and_for_the_test_and_given_back(tested, tmp_path):

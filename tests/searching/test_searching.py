@@ -142,12 +142,13 @@ def test_a_trial_is_trained_with_every_setting_that_can_be_searched(start, topic
         device=CPU,
         precision="fp32",
         steps=training.total_steps(expected.training, len(topics.train)),
-        tracked=False,
         progress=False,
         eval_rows=training.evaluation_rows(expected, "cpu"),
     ).to_dict()
     found = arguments.to_dict()
-    assert {name for name in wanted if found[name] != wanted[name]} <= {"save_strategy", "logging_dir"}
+    # Where and under which name trackers log is the run's own.
+    own = {"save_strategy", "logging_dir", "project", "run_name"}
+    assert {name for name in wanted if found[name] != wanted[name]} <= own
     model = trainer.build(trial)
     assert trainer.spec == expected.training and trainer.order.batch_size == 16
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
