@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from .names import figure_row, text_of, unit_of, words
 from .screen import duration
@@ -270,14 +271,15 @@ def _json(value: Any) -> str:
 
 
 def _figures(folder: Path) -> dict[str, str]:
-    """Return a notebook's figures as HTML by the names of their files, in their order."""
+    """Return a notebook's figures as HTML by the names of their files, in their order; each leads to its file."""
     shown = {}
     for path in sorted(folder.glob("*.png")):
         if path.is_file() and not path.is_symlink():
             picture = base64.b64encode(path.read_bytes()).decode("ascii")
             said = words(re.sub(r"^\d+_", "", path.stem))
             shown[path.stem] = (
-                f'<figure><img src="data:image/png;base64,{picture}" alt="{escaped(said)}">'
+                f'<figure><a href="{quote(f"{folder.name}/{path.name}")}" title="in full size">'
+                f'<img src="data:image/png;base64,{picture}" alt="{escaped(said)}"></a>'
                 f"<figcaption>{escaped(said)}</figcaption></figure>"
             )
     return shown

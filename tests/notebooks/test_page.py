@@ -46,6 +46,8 @@ def test_all_of_a_run_is_shown_and_fits_a_phone(out: Path, tmp_path: Path):
             shown.open(f"file://{out / 'index.html'}", width)
             assert shown.evaluate("document.images.length") == len(pictures)
             assert shown.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+            ways = shown.evaluate("[...document.querySelectorAll('figure a')].map(a => a.getAttribute('href'))")
+            assert sorted(ways) == [path.relative_to(out).as_posix() for path in pictures]  # each in full size
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
             shown.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
             assert shown.evaluate("document.documentElement.scrollWidth") <= width
