@@ -370,7 +370,7 @@ class Passage:
         run = self.trained()
         target = self.folder / "merged"
         try:
-            run.merge(target, progress=False)
+            layout = run.merge(target, progress=False)["layout"]
         except qk.KitError as error:
             if target.exists():
                 raise Wrong(f"{target.name} was written before it was refused: {error}") from error
@@ -382,8 +382,8 @@ class Passage:
             plain, run.label_names, run.path / "adapter", device=device, pad_token_id=tokenizer.pad_token_id
         )
         merged = export.load_merged(target)
-        # A merged decoder has its own pad token.
-        own = models.load_tokenizer(ModelSpec(str(target)))
+        # A merged decoder has its own pad token. The kit takes no model of the other layout as a base: it runs no code.
+        own = models.load_tokenizer(ModelSpec(str(target))) if layout == "transformers" else tokenizer
         one, other = (
             models.forward_texts(
                 model, words, self.texts, device=device, precision="fp32", max_length=LENGTH, progress=None

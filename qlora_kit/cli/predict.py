@@ -9,6 +9,7 @@ import shlex
 import sys
 
 from ..errors import KitError
+from ..system.showing import one_line
 from .terminal import harmless, off_stdout
 
 NAME = "predict"
@@ -60,6 +61,6 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"text": text, "label": label, "probabilities": dict(best)}, ensure_ascii=False))
         else:
-            shares = "   ".join(f"{name} {share:.1%}" for name, share in best)
+            shares = "   ".join(f"{one_line(name)} {share:.1%}" for name, share in best)
             print(harmless(f"{text}\n    {'' if label is not None else 'rejected: '}{shares}"))
     return 0

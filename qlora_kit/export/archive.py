@@ -25,6 +25,9 @@ NOT_ZIPPED = ("checkpoints", "data")
 # What shows texts of rows, and what holds them: a page, a notebook; a table of rows or of predictions.
 PAGES = (".html", ".ipynb")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
+# Kinds of files that a run writes without a text of a row in them, and folders whose files all are of that kind.
+OWN = (".yaml", ".safetensors", ".png", ".md", ".db", ".lock", ".wandb")
+OWN_FOLDERS = frozenset(("adapter", "tokenizer", "wandb", "tensorboard"))
 
 
 # --- one file of everything -------------------------------------------------------------------------------------
@@ -82,9 +85,10 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
             aside.unlink(missing_ok=True)
     if private:
         logger.warning(
-            "What quotes your texts is left out of %s: %s. With texts=True it is included.",
+            "What may quote your texts is left out of %s, in these files or with them: %s. %s includes it.",
             target,
             ", ".join(dict.fromkeys(file.name for file in sorted(private))),
+            "--texts or texts=True",
         )
     return target
 
@@ -92,6 +96,9 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
 def _zipped(parts: tuple[str, ...]) -> bool:
     """Return whether a file goes into the zip, given the parts of its path below the folder."""
     if any(part in NOT_ZIPPED or part.startswith(".") for part in parts):
+        return False
+    # An older zip of the same folder, perhaps with texts: nobody looks into it here.
+    if parts[-1].endswith(".zip"):
         return False
     if "wandb" not in parts:
         return True
@@ -107,7 +114,7 @@ def _quoting(files: Sequence[Path]) -> set[Path]:
     """Return the files that may quote texts of rows that are not public."""
     experiments = [found for found in map(_experiment_of, files) if found]
     if not all(map(_is_public, experiments)):
-        return {file for file in files if file.name == "evaluation.json" or file.suffix in (*PAGES, *TABLES)}
+        return {file for file in files if file.name == "evaluation.json" or not _quotes_nothing(file)}
     # A notebook that failed has shown rows already, and no record says yet whose they are.
     here = set(files)
     unknown = {file for file in files if file.suffix == ".ipynb" and file.with_suffix(".json") not in here}
@@ -115,6 +122,19 @@ def _quoting(files: Sequence[Path]) -> set[Path]:
     pages = {file for file in files if file.suffix == ".html"} if unknown else set()
     tests = {file for file in files if file.name == "evaluation.json" and file.with_name("experiment.yaml") not in here}
     return unknown | pages | tests
+
+
+def _quotes_nothing(file: Path) -> bool:
+    """Return whether a file is one that the kit writes, or its libraries, and that holds no text of a row."""
+    if file.suffix in (*PAGES, *TABLES):
+        return False
+    if file.suffix in OWN or file.name in ("environment.json", "begun.json") or not OWN_FOLDERS.isdisjoint(file.parts):
+        return True
+    try:  # somebody's own .json, .txt or whatever it is
+        content = read_json(file) if file.suffix == ".json" else None
+    except KitError:
+        return False
+    return isinstance(content, dict) and not content.keys().isdisjoint(("schema", "experiment"))
 
 
 def _experiment_of(file: Path) -> Mapping[str, Any] | None:

@@ -120,7 +120,7 @@ def test_the_command_line_is_described(site: Path):
 
     shown = words(site / "command-line.html")
     for command in COMMANDS:
-        assert f"usage: python -m qlora_kit {command.NAME}" in shown
+        assert f"usage: qlora-kit {command.NAME}" in shown
 
 
 FITTING = [

@@ -54,8 +54,8 @@ def test_texts_of_the_users_rows_are_left_out_and_the_run_opens_and_predicts(res
     assert quoting(made, topics) == []
     (told,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert told == (
-        f"What quotes your texts is left out of {made}: 03_evaluate.ipynb, index.html, predictions.csv, "
-        "evaluation.json. With texts=True it is included."
+        f"What may quote your texts is left out of {made}, in these files or with them: 03_evaluate.ipynb, index.html, "
+        "predictions.csv, evaluation.json. --texts or texts=True includes it."
     )
     with zipfile.ZipFile(made) as archive:
         archive.extractall(tmp_path / "elsewhere")
@@ -102,3 +102,17 @@ def test_what_cannot_be_read_is_not_passed_on(damaged, results):
     assert not [name for name in zipfile.ZipFile(qk.zip_results(results)).namelist() if "evaluation" in name]
     file.with_name("experiment.yaml").write_text("name: [")
     assert "runs/index.html" not in zipfile.ZipFile(qk.zip_results(results)).namelist()
+
+
+def test_of_private_runs_only_what_the_kit_writes_goes_into_a_zip(topics, tiny_experiment, tmp_path):
+    out = tmp_path / "out"
+    run = qk.finetune(tiny_experiment("bert", training__max_steps=1), data=topics, out=out, progress=False)
+    whole = qk.zip_results(run.path, texts=True)  # beside the run, where the next zip finds it
+    for place in (out / "notes.txt", run.path / "mine.json", run.path / "more.log"):
+        place.write_text(json.dumps({"text": topics.train.texts[0]}))
+    names = set(zipfile.ZipFile(qk.zip_results(out)).namelist())
+    assert whole.parent == out
+    assert not {Path(name).name for name in names} & {"notes.txt", "mine.json", "more.log", whole.name}
+    assert {"training.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= {
+        Path(n).name for n in names
+    }

@@ -479,7 +479,7 @@ def test_results_go_into_one_zip_without_checkpoints_and_rows(trained, tmp_path)
     for name in (*synced, *left):
         (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / name).write_text("x")
-    (tmp_path / "runs" / "02_finetune.json").write_text("{}")
+    (tmp_path / "runs" / "02_finetune.json").write_text('{"schema": 1}')
     (tmp_path / "private").write_text("a key")
     (tmp_path / "runs" / "figure.png").symlink_to(tmp_path / "private")  # planted by whoever made the folder
     made = qk.zip_results(tmp_path / "runs")
@@ -491,7 +491,7 @@ def test_results_go_into_one_zip_without_checkpoints_and_rows(trained, tmp_path)
     assert "runs/figure.png" not in names
     with zipfile.ZipFile(qk.zip_results(tmp_path / "runs", tmp_path / "runs" / "again.zip")) as archive:
         assert archive.namelist() == names
-        assert json.loads(archive.read("runs/02_finetune.json")) == {}
+        assert json.loads(archive.read("runs/02_finetune.json")) == {"schema": 1}
     (tmp_path / "empty").mkdir()
     with pytest.raises(qk.KitError, match="nothing in"):
         qk.zip_results(tmp_path / "empty")
