@@ -282,6 +282,11 @@ def _readable(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # from transformers, tokenizers, safetensors and the hub, without a common base class
         first = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error):
+            raise KitError(
+                f"the model {name!r} has code of its own, which the kit does not run: take a base whose class is in "
+                "transformers"
+            ) from error
         raise KitError(
             f"the model {name!r} could not be loaded: {first} (allowed: a hub name that can be reached or is in "
             f"the local cache, a local folder, or {', '.join(f'embedded:{key}' for key in EMBEDDED)})"

@@ -173,6 +173,8 @@ def test_a_merged_model_with_code_is_refused_by_whoever_does_not_trust_it(traine
     )
     done = _alone(code, folder)
     assert done.returncode == 0, done.stderr
+    with pytest.raises(qk.KitError, match="has code of its own, which the kit does not run"):
+        models.load_config(qk.ModelSpec(str(folder)))
     # transformers prints, too: it asks whether the code is trusted.
     answers = re.findall(r"ANSWER (\w+)", done.stdout)
     assert answers == ["True", "True", "True", "PooledForSequenceClassification"]
