@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from ..errors import KitError
 from .terminal import harmless, off_stdout
@@ -34,15 +32,15 @@ def run(options: argparse.Namespace) -> int:
         raise KitError("compare takes two or more run folders: write compare RUN RUN")
     with off_stdout():
         from ..evaluation.comparing import COMPARED, compare_runs
-        from ..metrics.differences import lead_in_words
+        from ..metrics.differences import lead_in_words, with_interval
 
         found = compare_runs(options.folders)
     if options.json:
         print(json.dumps(found, ensure_ascii=False))
         return 0
-    rows = [(row["run"], [_interval(row[name]) for name in COMPARED]) for row in found["runs"]]
+    rows = [(row["run"], [with_interval(row[name]) for name in COMPARED]) for row in found["runs"]]
     rows += [
-        (f"{row['run']} minus {row['minus']}", [_interval(row[name], "+") for name in COMPARED])
+        (f"{row['run']} minus {row['minus']}", [with_interval(row[name], sign="+") for name in COMPARED])
         for row in found["differences"]
     ]
     width = max(len(name) for name, _ in rows)
@@ -58,7 +56,3 @@ def run(options: argparse.Namespace) -> int:
     for name, values in found["settings"].items():
         print(harmless(f"  {name}: {', '.join(map(str, values))}"))
     return 0
-
-
-def _interval(score: Mapping[str, Any], sign: str = "") -> str:
-    return f"{score['value']:{sign}.4f} ({score['low']:{sign}.4f} to {score['high']:{sign}.4f})"

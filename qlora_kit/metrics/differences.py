@@ -234,6 +234,18 @@ def _ends(drawn: np.ndarray, level: float) -> tuple[float, float, float]:
     return float(low[1]), float(high[1]), float(max(low[2] - low[0], high[2] - high[0]) / 2)
 
 
+def with_interval(score: Mapping[str, float], digits: int = 4, sign: str = "") -> str:
+    """Write a score or a difference with its interval: `0.9347 (0.9250 to 0.9431)`.
+
+    Args:
+        score: `value`, `low` and `high`.
+        digits: Digits after the point.
+        sign: `+` writes the sign of positive numbers, too.
+    """
+    value, low, high = (f"{score[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def lead_in_words(difference: Mapping[str, float]) -> str:
     """Say whether a difference shows the first contender ahead of the second; higher scores are better.
 

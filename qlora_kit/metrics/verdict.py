@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..system.showing import lines_as_html, one_line, table_as_html
-from .differences import lead_in_words
+from .differences import lead_in_words, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,7 @@ def _size(value: float) -> str:
 
 
 def _with_interval(score: Mapping[str, float]) -> str:
-    return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+    return with_interval(score, digits=3)
 
 
 def _test_rows(evaluation: Mapping[str, Any]) -> int:

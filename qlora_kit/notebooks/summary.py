@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..metrics.differences import with_interval
 from ..metrics.verdict import BASELINE_NAMES
 from .names import size, text_of
 from .screen import duration
@@ -103,7 +104,9 @@ def _with_interval(score: Any) -> str:
     value, low, high = (_number(_get(score, key)) for key in ("value", "low", "high"))
     if value is None:
         return ""
-    return f"{value:.3f} ({low:.3f} to {high:.3f})" if low is not None and high is not None else f"{value:.3f}"
+    if low is None or high is None:
+        return f"{value:.3f}"
+    return with_interval({"value": value, "low": low, "high": high}, digits=3)
 
 
 def _score(record: Mapping[str, Any]) -> str:

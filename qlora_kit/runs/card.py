@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.experiment import Experiment
 from ..data.rows import leak_in_words
+from ..metrics.differences import with_interval
 from ..models import inventory
 from ..models.sources import EMBEDDED
 
@@ -222,16 +223,12 @@ def _metrics_table(training: Mapping[str, Any], evaluation: Mapping[str, Any] | 
     shown = (("accuracy", "accuracy"), ("f1_macro", "macro F1"), ("f1_weighted", "weighted F1"), ("loss", "loss"))
     lines = [f"| split | {' | '.join(label for _, label in shown)} |", "|---|---|---|---|---|"]
     lines += [
-        f"| {split} | {' | '.join(_interval(scores[metric]) for metric, _ in shown)} |"
+        f"| {split} | {' | '.join(with_interval(scores[metric]) for metric, _ in shown)} |"
         for split, scores in _scores(training, evaluation).items()
     ]
     if not evaluation:
         lines += ["", "Not tested yet: `qlora_kit.evaluate` does it, and `Run.write_card` brings the figures here."]
     return "\n".join(lines)
-
-
-def _interval(score: Mapping[str, float]) -> str:
-    return f"{score['value']:.4f} ({score['low']:.4f} to {score['high']:.4f})"
 
 
 def _made_on(training: Mapping[str, Any], environment: Mapping[str, Any] | None) -> str:
@@ -275,8 +272,8 @@ def _merged_section(merged: Mapping[str, Any] | None) -> str:
 
 | on the {merged["rows"]:,} validation rows | macro F1 |
 |---|---|
-| {was} | {_interval(before["f1_macro"])} |
-| this model, in {merged["dtype"]} | {_interval(after["f1_macro"])} |
+| {was} | {with_interval(before["f1_macro"])} |
+| this model, in {merged["dtype"]} | {with_interval(after["f1_macro"])} |
 | after minus before, on the same rows | {gap["value"]:+.4f} ({gap["low"]:+.4f} to {gap["high"]:+.4f}) |
 
 Both give the same label to {merged["same_label"]:.2%} of the rows.{why}
