@@ -3,10 +3,11 @@
     python benchmarks/waiting.py --append
     python benchmarks/waiting.py --repeats 2 --steps 5 --out runs/waiting.json
 
-The preset `minilm_banking77_qlora` on this machine's CPU, with all its cores, in three ways. `spinning` is what
+The preset `minilm_banking77_qlora` on this machine's CPU, with all its cores, in four ways. `spinning` is what
 OpenMP's runtime does by itself: a thread without work asks for some time whether there is more, and its core is busy
-meanwhile. `asleep` is what the kit sets (`qlora_kit.system.waiting`). `one_thread` has nobody to wait for. Beside them
-run processes that loop without end: none, one for every other core, and one for each core.
+meanwhile. `briefly` is what the kit sets (`qlora_kit.system.waiting`): it asks for a moment and then sleeps. `asleep`
+sleeps at once. `one_thread` has nobody to wait for. Beside them run processes that loop without end: none, one for
+every other core, and one for each core.
 
 A way is a process that stays; the ways take turns, and each turn times some steps, fewer where the time for a turn ends
 first. `step_seconds` is the median over the turns of a turn's mean, for some steps of a turn are short and others wait
@@ -29,10 +30,10 @@ from common import recording
 from common.processes import Worker
 from common.refusals import told_in_a_line
 
-from qlora_kit.system.waiting import SETTINGS
+from qlora_kit.system.waiting import SETTINGS, SPINS
 
 PRESET = "minilm_banking77_qlora"
-WAYS = ("spinning", "asleep", "one_thread")
+WAYS = ("spinning", "briefly", "asleep", "one_thread")
 KEY = ("device", "way", "beside")
 WARM = 3  # steps before the first turn
 TURN = 30.0  # seconds after which a turn ends with the step that runs
@@ -149,7 +150,9 @@ def train(way: str) -> None:
     for name in (*SETTINGS, "OMP_NUM_THREADS"):
         os.environ.pop(name, None)
     # As the kit would do at its import, which was that of this file: too early, for the shell's own settings counted.
-    if way != "spinning":
+    if way == "briefly":
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    elif way != "spinning":
         os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import qlora_kit as qk

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from .public import EXPORTS, MODULES
 from .system.home import give_home
 from .system.versions import VERSION as __version__
-from .system.waiting import wait_asleep
+from .system.waiting import wait_briefly
 
 # Before other libraries are loaded, which read their settings then.
 give_home()
-wait_asleep()
+wait_briefly()
 
 __all__ = ["__version__", *EXPORTS]
 

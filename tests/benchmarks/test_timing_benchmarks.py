@@ -46,7 +46,7 @@ def test_ways_to_wait_are_timed_beside_each_load(tmp_path: Path):
     done = benchmark("waiting.py", "--steps", "1", "--repeats", "1", "--out", str(out), "--from-changes")
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert {row["way"] for row in rows} == {"spinning", "asleep", "one_thread"}
+    assert {row["way"] for row in rows} == {"spinning", "briefly", "asleep", "one_thread"}
     assert {row["beside"] for row in rows} >= {0, 1} and len({(row["way"], row["beside"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["step_seconds_range"] == [row["step_seconds"]] * 2 and row["turns"][0]["steps"] == 1

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from qlora_kit.system.waiting import SETTINGS
+from qlora_kit.system.waiting import SETTINGS, SPINS
 
 KIT_FIRST = "import qlora_kit; import torch"
 TORCH_FIRST = "import torch; import qlora_kit; import os; print('OMP_WAIT_POLICY' in os.environ)"
@@ -31,8 +31,9 @@ def told(program: str, **settings: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("program", [KIT_FIRST, TERMINAL, CHILD])
-def test_threads_sleep_while_they_wait(program):
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told(program).stderr
+def test_threads_sleep_after_a_short_wait(program):
+    settings = told(program).stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in settings and f"GOMP_SPINCOUNT = '{SPINS}'" in settings
 
 
 @pytest.mark.parametrize(
