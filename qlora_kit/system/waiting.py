@@ -18,8 +18,8 @@ import sys
 # By any of these the user says how threads wait: of OpenMP, of GNU's runtime and of Intel's and LLVM's.
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
-# GNU's runtime asks 300,000 times by itself. Of 0, 3,000, 10,000, 30,000 and 100,000, this one kept most of the speed
-# of an idle machine and most of that of a busy one.
+# A hundredth of what GNU's runtime has by itself. Of five numbers from none to a third of that, this one kept most of
+# the speed of an idle machine and most of that of a busy one.
 SPINS = 3000
 
 
