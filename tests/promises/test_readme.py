@@ -40,7 +40,14 @@ def test_the_first_screen_says_what_it_is_how_to_start_and_where_to_go_on(with_b
         (opening,) = re.findall(r"^# qlora_kit\n\n(.*?)\n\n<img", screen, re.DOTALL)
         assert len(re.findall(r"[.?!](?=\s|\*|$)", opening)) == 2, "two sentences"
         assert "CPU included" in " ".join(opening.split()) and "SVM" in opening
-        order = ["**QLoRA** keeps", '<img src="results/', "**Why this one?**", "\npip install", "<!-- ten lines", "```text\nMacro F1"]
+        order = [
+            "**QLoRA** keeps",
+            '<img src="results/',
+            "**Why this one?**",
+            "\npip install",
+            "<!-- ten lines",
+            "```text\nMacro F1",
+        ]
         order += [
             "Weights & Biases",
             "**Ways to use it",
