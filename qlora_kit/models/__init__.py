@@ -31,6 +31,8 @@ from .configuration import layers_of as layers_of
 from .configuration import load_config as load_config
 from .configuration import positions_of as positions_of
 from .configuration import resolve_pooling as resolve_pooling
+from .embedded import EMBEDDED as EMBEDDED
+from .embedded import Embedded as Embedded
 from .forward import embed as embed
 from .forward import forward_texts as forward_texts
 from .heads import CosineHead as CosineHead
@@ -47,10 +49,8 @@ from .precision import computing as computing
 from .precision import precision_of as precision_of
 from .pretrained import DROPOUTS as DROPOUTS
 from .pretrained import build_classifier as build_classifier
-from .sources import EMBEDDED as EMBEDDED
 from .sources import SHAPES as SHAPES
 from .sources import Base as Base
-from .sources import Embedded as Embedded
 from .sources import find_base as find_base
 from .tokenizers import load_tokenizer as load_tokenizer
 from .tokenizers import padding_side as padding_side

@@ -93,8 +93,8 @@ def own_experiment(
 
     Args:
         preset: A preset, the path of an experiment's YAML file, or `auto`; its model is used unless another is named.
-        model: `embedded:minilm`, `embedded:smollm2-135m`, a name on the hub, or a folder. If a QLoRA preset has this
-            model, its settings are used; else the kit's defaults.
+        model: `embedded:minilm`, `embedded:mpnet`, `embedded:smollm2-135m`, a name on the hub, or a folder. If a QLoRA
+            preset has this model, its settings are used; else the kit's defaults.
         seed: Seed of the head, the adapters, the order of rows and dropout.
         epochs: Passes over the training rows; 0 for the preset's own.
         rows: Train on about this many rows; 0 for all, or as many as the preset takes.

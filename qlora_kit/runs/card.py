@@ -12,7 +12,7 @@ from ..config.experiment import Experiment
 from ..data.rows import leak_in_words
 from ..metrics.differences import with_interval
 from ..models import inventory
-from ..models.sources import EMBEDDED
+from ..models.embedded import EMBEDDED
 
 # The most labels that a card lists; a longer list helps nobody.
 MOST_LABELS = 100

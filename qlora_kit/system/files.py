@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -33,6 +34,17 @@ def sha256(file: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_once(file: Path) -> str:
+    """Return `sha256` of a file that is asked for many times; it is read again only if the file has changed."""
+    found = file.stat()
+    return _sha256_of(file, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_of(file: Path, size: int, changed: int) -> str:
+    return sha256(file)
 
 
 logger = logging.getLogger(__name__)

@@ -107,12 +107,13 @@ def test_a_preset_that_does_not_exist_names_the_nearest():
 def test_presets_are_what_the_contracts_list():
     models = ("dialogpt-medium", "minilm", "smollm2-135m")
     wanted = {f"{model}_banking77_{method}" for model in models for method in ("recipe", "qlora", "lora", "full")}
+    wanted |= {f"mpnet_banking77_{method}" for method in ("qlora", "lora", "full")}
     assert set(qk.presets()) == {*wanted, "minilm_banking77_smoke"}
     for name in qk.presets():
         assert qk.preset(name).name == name
 
 
-@pytest.mark.parametrize("model", ["dialogpt-medium", "minilm", "smollm2-135m"])
+@pytest.mark.parametrize("model", ["dialogpt-medium", "minilm", "mpnet", "smollm2-135m"])
 def test_methods_differ_in_what_they_say_they_differ_in(model):
     qlora, lora, full = (qk.preset(f"{model}_banking77_{method}") for method in ("qlora", "lora", "full"))
     assert qlora.quantization == Quantization("nf4", True)

