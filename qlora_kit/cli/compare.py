@@ -16,7 +16,8 @@ examples:
   qlora-kit compare runs/seed0 runs/seed1 runs/seed2 --json
 
 Prints each run's scores with 95% intervals; of each run after the first, the difference to the first on the same rows,
-also with its interval; what makes the comparison unsure, such as few test rows; and the settings that differ. Runs that were tested on other rows are refused.
+also with its interval; what makes the comparison unsure, such as few test rows; and the settings that differ. Runs that
+were tested on other rows are refused.
 """
 
 

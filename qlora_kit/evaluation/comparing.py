@@ -31,8 +31,8 @@ def compare_runs(runs: Sequence[Predictor | str | Path], *, resamples: int = RES
         `rows` (number of test rows); `notes`: sentences on what makes the comparison unsure or empty (few test rows,
         random weights, runs that give every row the same label); `runs`: for each its folder `run`, `preset`, and
         `accuracy` and `f1_macro` with their 95% intervals; `differences`: for each run after the first, `run`, `minus`
-        (the first one's folder), and the paired differences of `accuracy` and `f1_macro`; `settings`: by name, the values of each setting of the
-        experiments that differs, in the order of the runs.
+        (the first one's folder), and the paired differences of `accuracy` and `f1_macro`; `settings`: by name, the
+        values of each setting of the experiments that differs, in the order of the runs.
 
     Raises:
         KitError: For fewer than two runs or the same one twice, a run that is not tested, a damaged evaluation.json,
@@ -83,7 +83,9 @@ def compare_runs(runs: Sequence[Predictor | str | Path], *, resamples: int = RES
 
 def _notes(runs: Sequence[Predictor], reports: Sequence[Mapping[str, Any]], guesses: Sequence[np.ndarray]) -> list[str]:
     """Return what has to be known before a comparison is believed, in sentences without a full stop."""
-    notes = [f"{run.path} has random weights: its scores mean nothing" for run in runs if run.training["random_weights"]]
+    notes = [
+        f"{run.path} has random weights: its scores mean nothing" for run in runs if run.training["random_weights"]
+    ]
     few = [unsure(report["metrics"]["test"]["f1_macro"], len(guesses[0])) for report in reports]
     notes += [f"the scores are {max(few)}"] if any(few) else []
     for run, guess in zip(runs[1:], guesses[1:], strict=True):

@@ -101,10 +101,10 @@ def evaluate(
 
     Returns:
         The content of `evaluation.json`, as a dict that shows itself in a few lines; its `verdict` is one sentence.
-        Keys: `resamples`, `random_weights`, `metrics` (`test`, `validation`, `baselines` and, where test texts were also
-        trained on, `test_without_leaked`, which is None where no text is left), `labels`, `per_label`, `confusions`, `confusion_matrix` (true by predicted),
-        `calibration`, `predictions` (test classes of the run and of the baselines), `data`, `timing` in seconds,
-        `environment`.
+        Keys: `resamples`, `random_weights`, `metrics` (`test`, `validation`, `baselines` and, only if test texts were
+        trained on, `test_without_leaked`, which is None where no text is left), `labels`, `per_label`, `confusions`,
+        `confusion_matrix` (true by predicted), `calibration`, `predictions` (test classes of the run and of the
+        baselines), `data`, `timing` in seconds, `environment`.
 
     Raises:
         KitError: When the folder holds no finished run, the data is not what the run was trained on, or the note on the

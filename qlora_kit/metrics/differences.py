@@ -49,9 +49,9 @@ def paired_difference(
 
     Returns:
         `{"value", "low", "high"}`: a 95% percentile interval. It excludes 0 if the test rows tell the contenders apart.
-        Where one is ahead by the same in every row (0, if both are right in the same rows), resamples hardly differ from
-        one another: then the interval is at least as wide as what other rows may hold (see `resampling.unseen`). A loss
-        has no limits, so the interval of two equal ones has no width.
+        Where one is ahead by the same in every row (by 0 if both are right in the same rows), resamples hardly differ:
+        then the interval is at least as wide as what other rows may hold (see `resampling.unseen`). A loss has no
+        limits, so the interval of two equal ones has no width.
 
     Raises:
         KitError: For an unknown metric, more or fewer predictions than labels, or a loss without logits.

@@ -49,9 +49,9 @@ def unseen(truth: np.ndarray, tail: float = TAIL) -> dict[str, float]:
     (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All Right?, JAMA 249, 1983).
 
     Macro F1 is a mean over labels: one row of a rare label counts as much as many of a frequent one. So each label l
-    has a share s(l) of its own, and the largest mean of them is taken for which all rows of the test come out alike with
-    a probability of `tail`: the product of (1 - s(l))^rows(l). This takes each label's recall for its F1, which it is
-    where a label is predicted as often as it occurs.
+    has a share s(l) of its own, and the largest mean of them is taken for which all rows of the test come out alike
+    with a probability of `tail`: the product of (1 - s(l))^rows(l). This takes each label's recall for its F1, which it
+    is where a label is predicted as often as it occurs.
 
     Args:
         truth: True classes `[rows]`.

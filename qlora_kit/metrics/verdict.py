@@ -105,8 +105,8 @@ def unsure(score: Mapping[str, float], rows: int | None = None, split: str = "te
     Returns:
         Some words, or nothing if the score is sure enough.
     """
-    # In records made before `resampling.unseen`, rows that are all right gave an interval of no width; up to 3 / rows of
-    # others may be wrong (rule of three).
+    # In older records rows that are all right have an interval of no width; up to 3 / rows of others may be wrong (rule
+    # of three).
     if max(score["high"] - score["low"], 3 / rows if rows else 0) < WIDE:
         return ""
     many = f"only {rows:,}" if rows else "few"
@@ -120,7 +120,9 @@ def untested_labels(per_label: Sequence[Mapping[str, Any]]) -> str:
         per_label: What `per_label` returned.
     """
     lacking = sum(not row["support"] for row in per_label)
-    return f"{lacking:,} of {len(per_label):,} labels {'has' if lacking == 1 else 'have'} no test row" if lacking else ""
+    return (
+        f"{lacking:,} of {len(per_label):,} labels {'has' if lacking == 1 else 'have'} no test row" if lacking else ""
+    )
 
 
 def weakest(per_label: Iterable[Mapping[str, Any]], most: int = 3) -> list[dict[str, Any]]:

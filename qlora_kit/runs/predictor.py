@@ -133,7 +133,11 @@ class Predictions:
 
     def _title(self) -> str:
         rejected = sum(label is None for label in self.labels)
-        more = f", {rejected:,} rejected as less probable than {self.reject_below:g}" if self.reject_below is not None else ""
+        more = (
+            f", {rejected:,} rejected as less probable than {self.reject_below:g}"
+            if self.reject_below is not None
+            else ""
+        )
         return f"Predictions for {len(self):,} texts with {self.probabilities.shape[1]:,} labels{more}"
 
     def _rows(self, most: int) -> list[list[str]]:

@@ -119,9 +119,7 @@ def test_a_run_and_its_copy_are_not_told_apart(runs, tmp_path: Path, capsys: pyt
         (None, "None is not of type 'integer'"),
     ],
 )
-def test_damaged_predictions_are_refused(
-    runs, guess, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_damaged_predictions_are_refused(runs, guess, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     copy = edited(runs[1], tmp_path / "copy", lambda report: report["predictions"]["test"].__setitem__(0, guess))
     assert words in refused(capsys, "compare", runs[0], copy)
 

@@ -159,7 +159,7 @@ BROKEN: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_report_that_is_not_whole_is_refused_in_one_line(kind: str):
-    with pytest.raises(KitError, match="this is no whole report of evaluate, which made evaluation.json: .") as caught:
+    with pytest.raises(KitError, match=r"this is no whole report of evaluate, .*: .") as caught:
         _ = Report(BROKEN[kind]).verdict
     assert "\n" not in str(caught.value)
     assert repr(Report(BROKEN[kind]))

@@ -48,7 +48,18 @@ def test_predictions_are_a_sequence_of_labels():
     assert (list(empty), empty.logits.shape, len(empty.to_frame())) == ([], (0, 3), 0) and "0 texts" in repr(empty)
     assert found[-3:-1].labels == found.labels[-3:-1] and found[::-2].texts == found.texts[::-2]
     assert found[::2].to_frame()["label"].tolist() == found.labels[::2]
-    for place in ("late", 1.0, None, True, np.bool_(True), [0], (0, 1), slice("a", "b"), slice(0.5), slice(None, None, 0)):
+    for place in (
+        "late",
+        1.0,
+        None,
+        True,
+        np.bool_(True),
+        [0],
+        (0, 1),
+        slice("a", "b"),
+        slice(0.5),
+        slice(None, None, 0),
+    ):
         with pytest.raises(KitError, match=r"as predictions\[0\]"):
             found[place]
 
