@@ -45,7 +45,7 @@ def unseen(truth: np.ndarray, tail: float = TAIL) -> dict[str, float]:
 
     A bootstrap draws from the rows that were seen. Where all of them are right, its interval has no width, be there 20
     or 20,000. The exact limit of Clopper and Pearson (The Use of Confidence or Fiducial Limits, Biometrika 26, 1934)
-    has: up to a share s of other rows may be wrong, where (1 - s)^rows = `tail`. It is about 3 / rows for a tail of 5%
+    has: up to a share s of other rows may be wrong, where (1 - s)^rows = `tail`. With `tail=0.05` it is about 3 / rows
     (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All Right?, JAMA 249, 1983).
 
     Macro F1 is a mean over labels: one row of a rare label counts as much as many of a frequent one. So each label l
