@@ -16,7 +16,8 @@ examples:
   qlora-kit compare runs/seed0 runs/seed1 runs/seed2 --json
 
 Prints each run's scores with 95% intervals; of each run after the first, the difference to the first on the same rows,
-also with its interval; and the settings that differ. Runs that were tested on other rows are refused.
+also with its interval; what makes the comparison unsure, such as few test rows; and the settings that differ. Runs that
+were tested on other rows are refused.
 """
 
 
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         lead = lead_in_words(row["f1_macro"])
         words = {"ahead": "is ahead of", "behind": "is behind"}.get(lead, "shows no clear difference from")
         print(harmless(f"{row['run']} {words} {row['minus']} in macro F1"))
+    for note in found["notes"]:
+        print(harmless(note))
     print("settings that differ:" if found["settings"] else "no setting differs")
     for name, values in found["settings"].items():
         print(harmless(f"  {name}: {', '.join(map(str, values))}"))

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from ..system.showing import one_line
 from .terminal import off_stdout
 
 NAME = "evaluate"
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({**result, "verdict": result.verdict}, ensure_ascii=False))
         return 0
     metrics = result["metrics"]
-    rows = {name: metrics[name] or {} for name in ("test", "test_without_leaked", "validation")}
+    rows = {name: metrics[name] or {} for name in ("test", "test_without_leaked", "validation") if name in metrics}
     rows.update(metrics["baselines"])
     names = ("accuracy", "f1_macro", "f1_weighted", "loss")
     width = max(map(len, rows))
@@ -52,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     for row, values in rows.items():
         print(f"{row:{width}}  " + "  ".join(f"{_interval(values.get(name)):>24}" for name in names))
     print(leak_in_words(len(result["data"]["leaked_test_indices"]), result["data"]["rows"]["test"]))
+    weakest = ", ".join(f"{one_line(row['label'])} (F1 {row['f1']:.2f})" for row in result.weakest())
+    print(f"weakest labels: {weakest}")
     print(run.path / "evaluation.json")
     print(result.verdict)
     return 0

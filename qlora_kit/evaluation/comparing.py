@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import KitError
 from ..metrics.differences import paired_difference
 from ..metrics.resampling import RESAMPLES
+from ..metrics.verdict import unsure
 from ..runs.predictor import Predictor
 from ..system.arguments import COUNT, takes
 from .report import data_of
@@ -27,14 +28,15 @@ def compare_runs(runs: Sequence[Predictor | str | Path], *, resamples: int = RES
         resamples: Number of resamples for the intervals of the differences.
 
     Returns:
-        `rows` (number of test rows); `runs`: for each its folder `run`, `preset`, and `accuracy` and `f1_macro` with
-        their 95% intervals; `differences`: for each run after the first, `run`, `minus` (the first one's folder), and
-        the paired differences of `accuracy` and `f1_macro`; `settings`: by name, the values of each setting of the
-        experiments that differs, in the order of the runs.
+        `rows` (number of test rows); `notes`: sentences on what makes the comparison unsure or empty (few test rows,
+        random weights, runs that give every row the same label); `runs`: for each its folder `run`, `preset`, and
+        `accuracy` and `f1_macro` with their 95% intervals; `differences`: for each run after the first, `run`, `minus`
+        (the first one's folder), and the paired differences of `accuracy` and `f1_macro`; `settings`: by name, the
+        values of each setting of the experiments that differs, in the order of the runs.
 
     Raises:
-        KitError: For fewer than two runs or the same one twice, a run that is not tested, and runs that were tested on
-            other rows or labels than the first.
+        KitError: For fewer than two runs or the same one twice, a run that is not tested, a damaged evaluation.json,
+            and runs that were tested on other rows or labels than the first. Labels in another order are no other ones.
     """
     if isinstance(runs, str | Path | Predictor) or len(runs) < 2:
         raise KitError("compare_runs takes two or more runs: write compare_runs(['runs/ONE', 'runs/OTHER'])")
@@ -58,6 +60,7 @@ def compare_runs(runs: Sequence[Predictor | str | Path], *, resamples: int = RES
         guesses.append(predictions)
     return {
         "rows": len(truth),
+        "notes": _notes(opened, reports, guesses),
         "runs": [
             {
                 "run": str(run.path),
@@ -76,6 +79,19 @@ def compare_runs(runs: Sequence[Predictor | str | Path], *, resamples: int = RES
         ],
         "settings": _differing(opened),
     }
+
+
+def _notes(runs: Sequence[Predictor], reports: Sequence[Mapping[str, Any]], guesses: Sequence[np.ndarray]) -> list[str]:
+    """Return what has to be known before a comparison is believed, in sentences without a full stop."""
+    notes = [
+        f"{run.path} has random weights: its scores mean nothing" for run in runs if run.training["random_weights"]
+    ]
+    few = [unsure(report["metrics"]["test"]["f1_macro"], len(guesses[0])) for report in reports]
+    notes += [f"the scores are {max(few)}"] if any(few) else []
+    for run, guess in zip(runs[1:], guesses[1:], strict=True):
+        if np.array_equal(guess, guesses[0]):
+            notes.append(f"{run.path} gives every test row the same label as {runs[0].path}")
+    return notes
 
 
 def _report(run: Predictor) -> Mapping[str, Any]:
@@ -99,6 +115,11 @@ def _on_test_rows(
     test, guess = data_of(run).test, np.asarray(report["predictions"]["test"], dtype=np.int64)
     if len(guess) != len(test):
         raise KitError(f"{run.path / 'evaluation.json'} has {len(guess)} predictions for {len(test)} test rows")
+    if guess.max() >= len(names):  # the schema refuses those below 0
+        raise KitError(
+            f"{run.path / 'evaluation.json'} predicts class {guess.max()}, and {len(names)} labels have the classes 0 "
+            f"to {len(names) - 1}: call evaluate again"
+        )
     return test.texts, place[np.asarray(test.labels)], place[guess]
 
 

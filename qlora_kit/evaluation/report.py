@@ -101,10 +101,10 @@ def evaluate(
 
     Returns:
         The content of `evaluation.json`, as a dict that shows itself in a few lines; its `verdict` is one sentence.
-        Keys: `resamples`, `random_weights`, `metrics` (`test`, `test_without_leaked` (None where nothing is left),
-        `validation`, `baselines`), `labels`, `per_label`, `confusions`, `confusion_matrix` (true by predicted),
-        `calibration`, `predictions` (test classes of the run and of the baselines), `data`, `timing` in seconds,
-        `environment`.
+        Keys: `resamples`, `random_weights`, `metrics` (`test`, `validation`, `baselines` and, only if test texts were
+        trained on, `test_without_leaked`, which is None where no text is left), `labels`, `per_label`, `confusions`,
+        `confusion_matrix` (true by predicted), `calibration`, `predictions` (test classes of the run and of the
+        baselines), `data`, `timing` in seconds, `environment`.
 
     Raises:
         KitError: When the folder holds no finished run, the data is not what the run was trained on, or the note on the
@@ -161,13 +161,15 @@ def evaluate(
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:
     """Return the scores of a run's logits `[rows, classes]` on both splits, and on test rows that did not leak."""
     truth = np.asarray(data.test.labels)
-    clean = np.setdiff1d(np.arange(len(data.test)), data.leaked_test_indices)
-    return {
+    scores: dict[str, Any] = {
         "test": metrics(test, truth, resamples=resamples),
         "validation": metrics(validation, data.validation.labels, resamples=resamples),
-        # None says that all test rows leaked; a missing key would not say so.
-        "test_without_leaked": metrics(test[clean], truth[clean], resamples=resamples) if len(clean) else None,
     }
+    if data.leaked_test_indices:  # where nothing leaked, it would be the score of the test again
+        clean = np.setdiff1d(np.arange(len(data.test)), data.leaked_test_indices)
+        # None says that all test rows leaked; a missing key says that none did.
+        scores["test_without_leaked"] = metrics(test[clean], truth[clean], resamples=resamples) if len(clean) else None
+    return scores
 
 
 def _beside(row: Mapping[str, Any], test: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:

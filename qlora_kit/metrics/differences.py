@@ -19,6 +19,8 @@ from .resampling import (
     interval,
     macro_f1_of_cells,
     scores_of_cells,
+    unseen,
+    widened,
 )
 from .scores import METRICS, cross_entropy
 
@@ -47,6 +49,9 @@ def paired_difference(
 
     Returns:
         `{"value", "low", "high"}`: a 95% percentile interval. It excludes 0 if the test rows tell the contenders apart.
+        Where one is ahead by the same in every row (by 0 if both are right in the same rows), resamples hardly differ:
+        then the interval is at least as wide as what other rows may hold (see `resampling.unseen`). A loss has no
+        limits, so the interval of two equal ones has no width.
 
     Raises:
         KitError: For an unknown metric, more or fewer predictions than labels, or a loss without logits.
@@ -79,8 +84,11 @@ def paired_difference(
     drawn = np.concatenate(
         [difference(counts_of_cells(cell_of_row[rows], cells.shape[1])) for rows in draws(len(truth), resamples, seed)]
     )
-    value = float(difference(np.bincount(cell_of_row, minlength=cells.shape[1])[None])[0])
-    return interval(value, drawn)
+    found = interval(float(difference(np.bincount(cell_of_row, minlength=cells.shape[1])[None])[0]), drawn)
+    right = cells[1:] == cells[0]
+    if _same_in_all_rows(right[: sizes[0]], right[sizes[0] :]):
+        found = widened(found, unseen(truth)[metric], lowest=-1)
+    return found
 
 
 def differences_over_rows_and_seeds(
@@ -108,7 +116,7 @@ def differences_over_rows_and_seeds(
     Intervals are corrected for how many are shown (Bonferroni): each is at 1 - 0.05 / `shown`, so that with 95% all of
     them contain the true value. Resamples are drawn until the ends are as exact as `tolerance`. The standard error of
     an end is half the distance between the two quantiles that are one standard deviation of a binomial count away from
-    it.
+    it. A pair that differs by the same in every row is treated as in `paired_difference`.
 
     Args:
         contenders: By name, predicted classes `[rows]` by seed; for one without seeds, only the classes `[rows]`.
@@ -157,7 +165,12 @@ def differences_over_rows_and_seeds(
         ends = [_ends(np.concatenate(gaps), pair.level) for gaps, pair in zip(drawn, compared, strict=True)]
         if done >= most or all(error <= tolerance for _, _, error in ends):
             break
-    return [pair.result(end, done, shown) for pair, end in zip(compared, ends, strict=True)]
+    found = [pair.result(end, done, shown) for pair, end in zip(compared, ends, strict=True)]
+    right = cells[1:] == cells[0]
+    for line, pair in zip(found, compared, strict=True):
+        if _same_in_all_rows(*(right[columns] for columns in pair.columns)):
+            line |= widened(line, unseen(truth, (1 - pair.level) / 2)["f1_macro"], lowest=-1)
+    return found
 
 
 def _runs(contenders: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> list[tuple[str, int | None]]:
@@ -232,6 +245,17 @@ def _ends(drawn: np.ndarray, level: float) -> tuple[float, float, float]:
     near = [max(tail - step, 0), tail, tail + step]
     low, high = np.quantile(drawn, near), np.quantile(drawn, [1 - place for place in reversed(near)])
     return float(low[1]), float(high[1]), float(max(low[2] - low[0], high[2] - high[0]) / 2)
+
+
+def _same_in_all_rows(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Return whether one side is right more often than the other by the same share of its runs in every row.
+
+    Args:
+        ours: Whether one side's runs are right, bool `[runs, rows or cells]`.
+        theirs: The same of the other.
+    """
+    gaps = ours.sum(axis=0) * len(theirs) - theirs.sum(axis=0) * len(ours)  # whole numbers, so that equal is equal
+    return bool((gaps == gaps[0]).all())
 
 
 def with_interval(score: Mapping[str, float], digits: int = 4, sign: str = "") -> str:

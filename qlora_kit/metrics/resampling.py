@@ -16,6 +16,7 @@ RESAMPLES = 2000
 MOST_RESAMPLES = 10_000_000  # for `differences_over_rows_and_seeds`, which stops much earlier on a usual test set
 BLOCK = 4096  # resamples scored together
 DRAWN = 1_000_000  # row numbers drawn at a time, to bound memory
+TAIL = 0.025  # what a 95% interval leaves out at each end
 
 
 def draws(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -37,6 +38,49 @@ def interval(value: float, drawn: np.ndarray) -> dict[str, float]:
     """Return a value with its 95% percentile interval over resamples."""
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"value": value, "low": float(low), "high": float(high)}
+
+
+def unseen(truth: np.ndarray, tail: float = TAIL) -> dict[str, float]:
+    """Say how much of other rows may turn out differently, where all rows that were tested turned out alike.
+
+    A bootstrap draws from the rows that were seen. Where all of them are right, its interval has no width, be there 20
+    or 20,000. The exact limit of Clopper and Pearson (The Use of Confidence or Fiducial Limits, Biometrika 26, 1934)
+    has: up to a share s of other rows may be wrong, where (1 - s)^rows = `tail`. With `tail=0.05` it is about 3 / rows
+    (Hanley and Lippman-Hand, If Nothing Goes Wrong, Is Everything All Right?, JAMA 249, 1983).
+
+    Macro F1 is a mean over labels: one row of a rare label counts as much as many of a frequent one. So each label l
+    has a share s(l) of its own, and the largest mean of them is taken for which all rows of the test come out alike
+    with a probability of `tail`: the product of (1 - s(l))^rows(l). This takes each label's recall for its F1, which it
+    is where a label is predicted as often as it occurs.
+
+    Args:
+        truth: True classes `[rows]`.
+        tail: The probability that the interval leaves out at this end.
+
+    Returns:
+        For `accuracy`, `f1_macro` and `f1_weighted`, the share, between 0 and 1.
+    """
+    of_rows = 1 - tail ** (1 / len(truth))
+    # The smallest mean of 1 - s(l) is at min(1, c * rows(l)): the sum of the s(l) is linear, and the set convex. The k
+    # rarest labels are below 1; c follows from k, and the smallest k is right at which the next label reaches 1.
+    sizes = np.sort(np.unique(truth, return_counts=True)[1]).astype(np.float64)
+    c = np.exp((np.log(tail) - np.cumsum(sizes * np.log(sizes))) / np.cumsum(sizes))
+    k = int(np.argmax(c * np.append(sizes[1:], np.inf) >= 1))
+    of_labels = 1 - float(np.minimum(1, c[k] * sizes).mean())
+    return {"accuracy": of_rows, "f1_macro": of_labels, "f1_weighted": of_rows}
+
+
+def widened(score: dict[str, float], share: float, lowest: float) -> dict[str, float]:
+    """Widen an interval by a share of rows that may turn out differently (see `unseen`), as bad or as good as can be.
+
+    Args:
+        score: `value`, `low` and `high`.
+        share: The share.
+        lowest: The lowest value there is: 0 for a score, -1 for a difference. The highest is 1.
+    """
+    value = score["value"]
+    low, high = value + share * (lowest - value), value + share * (1 - value)
+    return {"value": value, "low": min(score["low"], low), "high": max(score["high"], high)}
 
 
 def scores_of_cells(counts: np.ndarray, truth: np.ndarray, predictions: np.ndarray) -> dict[str, np.ndarray]:

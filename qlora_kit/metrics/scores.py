@@ -14,7 +14,7 @@ import sklearn.metrics
 
 from ..errors import KitError
 from .inputs import as_labels, as_logits, as_predictions, check_same_length
-from .resampling import RESAMPLES, counts_of_cells, draws, interval, scores_of_cells
+from .resampling import RESAMPLES, counts_of_cells, draws, interval, scores_of_cells, unseen, widened
 
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "loss")
 
@@ -78,7 +78,12 @@ def metrics(
     Returns:
         `accuracy`, `f1_macro`, `f1_weighted` and `loss` (mean cross-entropy, nats), each `{"value", "low",
         "high"}`: the percentile interval (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). With
-        only a few rows per class, resampled macro F1 tends to lie below the value, and so does its interval.
+        only a few rows per class, resampled macro F1 tends to lie below the value, and so does its interval. Where all
+        rows are right, or all are wrong, no resample differs from another: then the exact limits are taken (see
+        `resampling.unseen`). A loss has no such limits; that of a single row has an interval of no width.
+
+        Both F1 are scikit-learn's: the mean over the labels that occur among the true or the predicted ones. A label
+        that does neither is left out, and one that is only predicted counts as 0.
     """
     predictions, truth = as_predictions(logits), as_labels(labels)
     check_same_length(predictions, truth)
@@ -95,7 +100,10 @@ def metrics(
     values = {name: float(v[0]) for name, v in scores_of_cells(once, cells[0], cells[1]).items()}
     if losses is not None:
         values["loss"] = float(losses.mean())
-    return {name: interval(value, np.concatenate(drawn[name])) for name, value in values.items()}
+    found = {name: interval(value, np.concatenate(drawn[name])) for name, value in values.items()}
+    if values["accuracy"] in (0, 1):
+        found |= {name: widened(found[name], share, lowest=0) for name, share in unseen(truth).items()}
+    return found
 
 
 def cross_entropy(logits: np.ndarray, labels: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -129,7 +137,9 @@ def per_label(logits: np.ndarray, labels: Sequence[int] | np.ndarray, names: Seq
 
     Returns:
         One row per label, in the order of `names`: `label`, `support` (rows with this true label), `predicted` (rows
-        predicted as it), `precision`, `recall`, `f1` (0 where the divisor is 0).
+        predicted as it), `precision`, `recall`, `f1`. A label that no row has was not tested: its `recall` is None,
+        and if it was never predicted either, so are `precision` and `f1`. The mean of the `f1` that are no None is
+        macro F1. Any other score whose divisor is 0 is 0.
     """
     predicted = confusion_matrix(logits, labels, len(names)).sum(axis=0)
     scores = sklearn.metrics.precision_recall_fscore_support(
@@ -140,9 +150,9 @@ def per_label(logits: np.ndarray, labels: Sequence[int] | np.ndarray, names: Seq
             "label": name,
             "support": int(support),
             "predicted": int(taken),
-            "precision": float(precision),
-            "recall": float(recall),
-            "f1": float(f1),
+            "precision": float(precision) if support or taken else None,
+            "recall": float(recall) if support else None,
+            "f1": float(f1) if support or taken else None,
         }
         for name, taken, precision, recall, f1, support in zip(names, predicted, *scores, strict=True)
     ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .. import schemas
+from ..errors import KitError
+from ..system.arguments import COUNT, takes
 from ..system.showing import lines_as_html, one_line, table_as_html
 from .differences import lead_in_words, with_interval
 
@@ -29,9 +33,29 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
 
     Returns:
         One sentence. A baseline that is ahead of the run is named first. It also says when scores mean nothing
-        (random weights; every test text was also trained on), when no baseline was fitted, and when few test rows leave
-        the score unsure.
+        (random weights; every test text was also trained on), when no baseline was fitted, when labels have no test
+        rows, and when few test rows leave the score unsure.
+
+    Raises:
+        KitError: For what is not, or not wholly, what `evaluate` returns.
     """
+    with _as_a_report(evaluation):
+        return _verdict(evaluation)
+
+
+@contextlib.contextmanager
+def _as_a_report(evaluation: Any) -> Iterator[None]:
+    """Refuse in one line what turns out, while it is read, not to be a whole report of `evaluate`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        found = schemas.problems(evaluation, "evaluation.json")
+        what = found[0] if found else f"{type(error).__name__} {error}"
+        raise KitError(f"this is no whole report of evaluate, which made evaluation.json: {what}") from error
+
+
+def _verdict(evaluation: Mapping[str, Any]) -> str:
+    """Return the sentence; see `verdict`."""
     metrics = evaluation["metrics"]
     test = metrics["test"]["f1_macro"]
     score = f"macro F1 {_with_interval(test)}"
@@ -40,10 +64,7 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     clean = metrics.get("test_without_leaked", metrics["test"])
     if clean is None:
         return f"Every test text was also trained on, so the scores say nothing about new texts: {score}."
-    notes, rows = [], _test_rows(evaluation)
-    # Rows that are all right give an interval of no width, but up to 3 / rows of others may be wrong (rule of three).
-    if max(test["high"] - test["low"], 3 / rows) >= WIDE:
-        notes.append(f"unsure, as there are only {rows:,} test rows")
+    notes = [note for note in (unsure(test, _test_rows(evaluation)), untested_labels(evaluation["per_label"])) if note]
     if not test["low"] <= clean["f1_macro"]["value"] <= test["high"]:
         notes.append(f"{clean['f1_macro']['value']:.3f} without the test texts that were also trained on")
     score = "; ".join([score.removesuffix(")"), *notes]) + ")"
@@ -64,10 +85,58 @@ def untested(training: Mapping[str, Any]) -> str:
         training: What `training.json` holds.
     """
     score = f"macro F1 {_with_interval(training['metrics']['validation']['f1_macro'])}"
-    score += f" on {training['rows']['validation']:,} validation rows"
+    rows = training["rows"]["validation"]
+    score += f" on {rows:,} validation rows"
     if training["random_weights"]:
         return f"The base has random weights, so the scores mean nothing: {score}."
+    few = unsure(training["metrics"]["validation"]["f1_macro"], rows, "validation")
+    score += f" ({few})" if few else ""
     return f"Not tested yet: {score}; `evaluate` says whether a plain SVM does as well."
+
+
+def unsure(score: Mapping[str, float], rows: int | None = None, split: str = "test") -> str:
+    """Say whether a score is unsure, as too few rows were tested: its 95% interval is at least `WIDE` wide.
+
+    Args:
+        score: `value`, `low` and `high`.
+        rows: How many rows were tested, if that is known.
+        split: Which rows they are, `test` or `validation`.
+
+    Returns:
+        Some words, or nothing if the score is sure enough.
+    """
+    # In older records rows that are all right have an interval of no width; up to 3 / rows of others may be wrong (rule
+    # of three).
+    if max(score["high"] - score["low"], 3 / rows if rows else 0) < WIDE:
+        return ""
+    many = f"only {rows:,}" if rows else "few"
+    return f"unsure, as there {'is' if rows == 1 else 'are'} {many} {split} row{'' if rows == 1 else 's'}"
+
+
+def untested_labels(per_label: Sequence[Mapping[str, Any]]) -> str:
+    """Say how many labels have no test row, so that nothing is known of them; nothing if all have some.
+
+    Args:
+        per_label: What `per_label` returned.
+    """
+    lacking = sum(not row["support"] for row in per_label)
+    return (
+        f"{lacking:,} of {len(per_label):,} labels {'has' if lacking == 1 else 'have'} no test row" if lacking else ""
+    )
+
+
+def weakest(per_label: Iterable[Mapping[str, Any]], most: int = 3) -> list[dict[str, Any]]:
+    """Return the labels with the lowest F1, the lowest first; labels without test rows are left out.
+
+    Args:
+        per_label: What `per_label` returned.
+        most: How many.
+
+    Returns:
+        Their rows of `per_label`.
+    """
+    tested = (dict(row) for row in per_label if row["support"])
+    return sorted(tested, key=lambda row: (row["f1"], row["label"]))[:most]
 
 
 def _compared(score: str, leads: Mapping[str, Mapping[str, float]]) -> str:
@@ -125,8 +194,29 @@ class Report(dict[str, Any]):
 
     @property
     def verdict(self) -> str:
-        """One sentence: how good the run is, and whether a simpler classifier does as well (see `verdict`)."""
+        """One sentence: how good the run is, and whether a simpler classifier does as well (see `verdict`).
+
+        Raises:
+            KitError: When this is not, or not wholly, what `evaluate` returns.
+        """
         return verdict(self)
+
+    @takes(most=COUNT)
+    def weakest(self, most: int = 3) -> list[dict[str, Any]]:
+        """Return the labels that are recognised worst; labels without test rows are left out.
+
+        Args:
+            most: How many, 1 or more.
+
+        Returns:
+            Their rows of `per_label`, the lowest F1 first.
+
+        Raises:
+            KitError: When `most` is not a whole number of 1 or more, or this is not, or not wholly, what `evaluate`
+                returns.
+        """
+        with _as_a_report(self):
+            return weakest(self["per_label"], most)
 
     def to_frame(self) -> pd.DataFrame:
         """Return the test scores of the run and of each baseline.
@@ -135,17 +225,19 @@ class Report(dict[str, Any]):
             A row for the run (`run`) and for each baseline (`tfidf_svm`, `embedding_svm`), with the columns
             `accuracy`, `accuracy_low`, `accuracy_high`, `f1_macro`, `f1_macro_low` and `f1_macro_high`: shares of 1,
             float64, and the ends of their 95% intervals.
+
+        Raises:
+            KitError: When this is not, or not wholly, what `evaluate` returns.
         """
         import pandas as pd
 
         ends = {"": "value", "_low": "low", "_high": "high"}
-        return pd.DataFrame.from_dict(
-            {
-                name: {f"{key}{end}": row[key][which] for key in _SHOWN for end, which in ends.items()}
+        with _as_a_report(self):
+            rows = {
+                name: {f"{key}{end}": float(row[key][which]) for key in _SHOWN for end, which in ends.items()}
                 for name, row in self._rows().items()
-            },
-            orient="index",
-        )
+            }
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def _rows(self) -> dict[str, Mapping[str, Any]]:
         metrics = self["metrics"]
@@ -162,7 +254,7 @@ class Report(dict[str, Any]):
                 scores = ", ".join(f"{words} {_with_interval(row[key])}" for key, words in _SHOWN.items())
                 lines.append(f"  {'this run' if name == 'run' else _spoken(name)}: {scores}")
             return "\n".join([*lines, self.verdict])
-        except (KeyError, TypeError, AttributeError):
+        except (KitError, KeyError, TypeError, AttributeError, ValueError):
             return dict.__repr__(self)  # somebody's dict with other keys: shown as it is
 
     def _repr_html_(self) -> str | None:
@@ -173,5 +265,5 @@ class Report(dict[str, Any]):
             ]
             table = table_as_html(["on the test rows", *_SHOWN.values()], rows)
             return lines_as_html([self._title()]) + table + lines_as_html([self.verdict])
-        except (KeyError, TypeError, AttributeError):
+        except (KitError, KeyError, TypeError, AttributeError, ValueError):
             return None  # Jupyter then shows the text

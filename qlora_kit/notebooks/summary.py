@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.differences import with_interval
-from ..metrics.verdict import BASELINE_NAMES
+from ..metrics.verdict import BASELINE_NAMES, unsure
 from .names import size, text_of
 from .screen import duration
 
@@ -118,7 +118,10 @@ def _score(record: Mapping[str, Any]) -> str:
         for key, words in BASELINE_NAMES.items()
         if (found := _with_interval(_get(record, "metrics", "baselines", key, "f1_macro")))
     ]
-    return f"macro F1 {ours} on the test rows; beside it {', '.join(beside) or 'no baseline'}"
+    line = f"macro F1 {ours} on the test rows; beside it {', '.join(beside) or 'no baseline'}"
+    ends = [_number(_get(record, "metrics", "test", "f1_macro", key)) for key in ("low", "high")]
+    few = "" if None in ends else unsure({"low": ends[0] or 0.0, "high": ends[1] or 0.0})
+    return f"{line}; {few}" if few else line
 
 
 def _memory(record: Mapping[str, Any]) -> str:

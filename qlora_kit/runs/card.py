@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..config.experiment import Experiment
 from ..data.rows import leak_in_words
 from ..metrics.differences import with_interval
+from ..metrics.verdict import unsure, untested_labels, weakest
 from ..models import inventory
 from ..models.embedded import EMBEDDED
 
@@ -132,7 +133,7 @@ def model_card(
         inventory="" if merged else _inventory(training.get("inventory")),
         metrics=_metrics_table(training, evaluation),
         merged=_merged_section(merged),
-        limits="\n".join(f"- {line}" for line in _limits(labels, evaluation)),
+        limits="\n".join(f"- {line}" for line in [*_few(training, evaluation), *_limits(evaluation)]),
         base_licence=licence or "unknown to this kit; see the base's own card",
         data_licence="CC BY 4.0" if banking77 else "unknown to this kit; see where the data comes from",
     )
@@ -280,18 +281,32 @@ Both give the same label to {merged["same_label"]:.2%} of the rows.{why}
 """
 
 
-def _limits(labels: Sequence[str], evaluation: Mapping[str, Any] | None) -> list[str]:
+def _few(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+    """Return a line for each split whose rows are too few for a sure score."""
+    said = [
+        (split, unsure(scores["f1_macro"], training["rows"][split], split))
+        for split, scores in _scores(training, evaluation).items()
+    ]
+    return [f"Its {split} score is {few}." for split, few in said if few]
+
+
+def _limits(evaluation: Mapping[str, Any] | None) -> list[str]:
     lines = ["One run with one seed; another seed gives another model with a somewhat different score."]
     if not evaluation:
         return lines
-    tested = evaluation["data"]
-    lines.append(f"{leak_in_words(len(tested['leaked_test_indices']), tested['rows']['test'])}.")
-    worst = sorted(evaluation["per_label"], key=lambda row: row["f1"])[:3]
+    if tested := evaluation.get("data"):  # the first run folders do not have it
+        lines.append(f"{leak_in_words(len(tested['leaked_test_indices']), tested['rows']['test'])}.")
     lines.append(
         "Weakest on the test rows: "
-        + ", ".join(f"{code(row['label'])} (F1 {row['f1']:.2f}, {row['support']} rows)" for row in worst)
+        + ", ".join(
+            f"{code(row['label'])} (F1 {row['f1']:.2f}, {row['support']} row{'s' if row['support'] > 1 else ''})"
+            for row in weakest(evaluation["per_label"])
+        )
         + "."
     )
+    lacking = untested_labels(evaluation["per_label"])
+    if lacking:
+        lines.append(f"{lacking}: nothing is known of how well such a label is recognised.")
     for pair in evaluation["confusions"][:1]:
         lines.append(
             f"Most often confused: {code(pair['true'])} taken for {code(pair['predicted'])}, {pair['count']} times."

@@ -63,13 +63,20 @@ class Predictions:
     def __getitem__(self, place: slice) -> Predictions: ...
 
     def __getitem__(self, place: int | slice) -> str | Predictions | None:
-        """Return the label at a place (negative ones count from the end), or the predictions in a slice."""
-        if isinstance(place, slice):
-            names = ("labels", "label_ids", "probabilities", "logits", "texts")
-            return dataclasses.replace(self, **{name: getattr(self, name)[place] for name in names})
+        """Return the label at a place (negative ones count from the end), or the predictions in a slice.
+
+        Raises:
+            KitError: For what is no whole number and no slice of them; True and False are none.
+            IndexError: For a place that there is not, as of a list: `for` loops and `reversed` go by it.
+        """
         try:
+            if isinstance(place, slice):
+                names = ("labels", "label_ids", "probabilities", "logits", "texts")
+                return dataclasses.replace(self, **{name: getattr(self, name)[place] for name in names})
+            if isinstance(place, bool):
+                raise TypeError("a yes or no is no place")
             return self.labels[operator.index(place)]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # ValueError: a slice with a step of 0
             raise KitError(f"predictions have a place or a slice, as predictions[0], not {described(place)}") from error
         except IndexError as error:
             raise IndexError(f"there is no prediction {place}: there are {len(self):,}") from error
@@ -126,7 +133,11 @@ class Predictions:
 
     def _title(self) -> str:
         rejected = sum(label is None for label in self.labels)
-        more = f", {rejected:,} rejected as less probable than {self.reject_below:g}" if self.reject_below else ""
+        more = (
+            f", {rejected:,} rejected as less probable than {self.reject_below:g}"
+            if self.reject_below is not None
+            else ""
+        )
         return f"Predictions for {len(self):,} texts with {self.probabilities.shape[1]:,} labels{more}"
 
     def _rows(self, most: int) -> list[list[str]]:

@@ -242,7 +242,7 @@ def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsy
     assert cli.main(["evaluate", "runs/moods", "--no-baselines", "--quiet"]) == 0
     said = capsys.readouterr().out
     path, verdict = said.splitlines()[-2:]
-    assert "f1_macro" in said and path == "runs/moods/evaluation.json"
+    assert "f1_macro" in said and "\nweakest labels: " in said and path == "runs/moods/evaluation.json"
     assert verdict == load_run("runs/moods").verdict and "no baseline was tested beside it" in verdict
     assert re.search(r"^\d+ of 12 test texts \(\d+\.\d%\) also stand in training or validation", said, re.MULTILINE)
     assert cli.main(["evaluate", "runs/moods", "--no-baselines", "--json"]) == 0

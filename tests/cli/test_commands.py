@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,9 +83,45 @@ def test_a_terminal_compares_runs(runs, capsys: pytest.CaptureFixture[str]):
         (f"{runs[1]} is ", f"{runs[1]} shows no clear difference from ")
     )
     assert said[4].endswith(f" {runs[0]} in macro F1")
-    assert said[5:] == ["settings that differ:", "  lora.r: 4, 5", "  training.seed: 0, 1"]
+    assert said[5] == "the scores are unsure, as there are only 48 test rows"
+    assert said[6:] == ["settings that differ:", "  lora.r: 4, 5", "  training.seed: 0, 1"]
     assert cli.main(["compare", "--json", *map(str, runs)]) == 0
     assert json.loads(capsys.readouterr().out) == compare_runs(runs)
+
+
+def edited(run: Path, to: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Copy a run whose evaluation.json is changed."""
+    copy = Path(shutil.copytree(run, to))
+    report = json.loads((copy / "evaluation.json").read_text("utf-8"))
+    change(report)
+    (copy / "evaluation.json").write_text(json.dumps(report), "utf-8")
+    return copy
+
+
+def test_a_run_and_its_copy_are_not_told_apart(runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = edited(runs[0], tmp_path / "copy", lambda report: None)
+    found = compare_runs([runs[0], copy])
+    (gap,) = found["differences"]
+    assert gap["f1_macro"]["low"] < gap["f1_macro"]["value"] == 0 < gap["f1_macro"]["high"]
+    assert f"{copy} gives every test row the same label as {runs[0]}" in found["notes"] and found["settings"] == {}
+    assert cli.main(["compare", str(runs[0]), str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert "shows no clear difference from" in said and "the same label as" in said and "no setting differs" in said
+
+
+@pytest.mark.parametrize(
+    ("guess", "words"),
+    [
+        (99, "predicts class 99, and 6 labels have the classes 0 to 5"),
+        (-1, "-1 is less than the minimum of 0"),
+        ("0", "'0' is not of type 'integer'"),
+        (0.5, "0.5 is not of type 'integer'"),
+        (None, "None is not of type 'integer'"),
+    ],
+)
+def test_damaged_predictions_are_refused(runs, guess, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    copy = edited(runs[1], tmp_path / "copy", lambda report: report["predictions"]["test"].__setitem__(0, guess))
+    assert words in refused(capsys, "compare", runs[0], copy)
 
 
 def test_what_cannot_be_compared_is_refused(

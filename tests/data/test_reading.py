@@ -79,7 +79,10 @@ def expected() -> str:
     return read(pandas.DataFrame(COLUMNS)).checksum
 
 
-@pytest.mark.parametrize("ending", [*FORMATS, pytest.param("xlsx", marks=pytest.mark.skipif(not EXCEL, reason="none"))])
+@pytest.mark.parametrize(
+    "ending",
+    [*FORMATS, pytest.param("xlsx", marks=pytest.mark.skipif(not EXCEL, reason="openpyxl is not installed"))],
+)
 def test_every_format_gives_the_same_data(tmp_path, ending, expected):
     data = read(write(tmp_path / f"rows.{ending}", ROWS))
     assert data.checksum == expected

@@ -14,6 +14,7 @@ from typing import Any
 import evaluate as hf_evaluate
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss, precision_recall_fscore_support
 
@@ -22,7 +23,7 @@ from qlora_kit import evaluation, models, schemas
 from qlora_kit.cli import main as cli
 from qlora_kit.errors import KitError
 from qlora_kit.evaluation.baselines import _embedded, _linear_svm, _tfidf
-from qlora_kit.metrics.resampling import draws
+from qlora_kit.metrics.resampling import draws, unseen
 from qlora_kit.notebooks.html import _metrics
 from qlora_kit.system.environment import cpu_name
 from qlora_kit.system.parsing import SCHEMA
@@ -224,7 +225,7 @@ def test_seeds_are_averaged_and_rows_drawn_jointly(metric):
 def test_pairs_take_predictions_lists_and_logits():
     logits, labels = some_logits(rows=50)
     guess = logits.argmax(axis=1)
-    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    zero = evaluation.paired_difference(guess, guess, labels)
     assert evaluation.paired_difference(guess, logits, labels) == zero
     assert evaluation.paired_difference(guess.tolist(), [guess.tolist(), logits], labels) == pytest.approx(zero)
     with pytest.raises(KitError, match="needs logits"):
@@ -233,7 +234,99 @@ def test_pairs_take_predictions_lists_and_logits():
         evaluation.paired_difference(guess, logits, labels, "f1")
 
 
+# ---- intervals where all rows turned out alike ----
+
+
+def few(classes: int, rows: int) -> np.ndarray:
+    return np.arange(rows) % classes
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (2, 2), (20, 2), (20, 5), (3080, 77)])
+def test_a_perfect_or_a_hopeless_score_has_the_exact_limits(rows, classes):
+    truth = few(classes, rows)
+    exact = scipy.stats.binomtest(rows, rows).proportion_ci(0.95, method="exact").low
+    perfect, hopeless = (evaluation.metrics(guess, truth, resamples=20) for guess in (truth, truth + 1))
+    assert hopeless["accuracy"] == pytest.approx({"value": 0, "low": 0, "high": 1 - exact})
+    for name in ("accuracy", "f1_macro", "f1_weighted"):
+        # Labels of equal size: macro F1 has accuracy's limits.
+        assert perfect[name] == pytest.approx({"value": 1, "low": exact, "high": 1}), name
+
+
+def test_one_error_leaves_the_bootstrap_as_it_is():
+    truth = few(2, 20)
+    guess = truth.copy()
+    guess[0] = 1 - guess[0]
+    drawn = [np.mean(truth[rows] == guess[rows]) for rows in np.concatenate(list(draws(20, 300, 0)))]
+    found = evaluation.metrics(guess, truth, resamples=300)["accuracy"]
+    assert [found["low"], found["high"]] == np.percentile(drawn, [2.5, 97.5]).tolist()
+
+
+@pytest.mark.parametrize("sizes", [(1, 19), (1, 1, 3, 10, 40), (5, 5), (2, 200, 200), (7,)])
+def test_a_rare_label_leaves_macro_f1_less_sure(sizes):
+    found = unseen(np.repeat(np.arange(len(sizes)), sizes))
+    # The largest mean share of wrong rows at which all rows of this test are right in 2.5 of 100 tests, by search.
+    best = scipy.optimize.minimize(
+        lambda x: -np.mean(1 - np.exp(-x)),
+        np.full(len(sizes), 0.05),
+        bounds=[(0, 50)] * len(sizes),
+        constraints=[{"type": "ineq", "fun": lambda x: -np.log(0.025) - np.dot(sizes, x)}],
+    )
+    assert found["f1_macro"] == pytest.approx(-best.fun, abs=1e-4)
+    assert found["f1_macro"] >= found["accuracy"] - 1e-12
+
+
+@pytest.mark.parametrize("wrong", [0.01, 0.05, 0.1])
+def test_intervals_of_perfect_scores_cover(wrong):
+    # Of 20 rows all are right with a chance of (1 - wrong)^20; then the interval has to hold the truth.
+    rng, held = np.random.default_rng(0), 0
+    truth = np.array([0] * 17 + [1] * 3)
+    limits = evaluation.metrics(truth, truth, resamples=2)
+    for _ in range(500):
+        right = rng.random(20) >= wrong
+        held += not right.all() or limits["accuracy"]["low"] <= 1 - wrong
+    assert held >= 0.95 * 500
+    assert limits["f1_macro"]["low"] < limits["accuracy"]["low"] == pytest.approx(0.025 ** (1 / 20))
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "f1_weighted"])
+def test_contenders_that_are_right_in_the_same_rows_are_not_known_to_be_equal(metric):
+    truth = few(3, 30)
+    guess = np.where(np.arange(30) < 12, (truth + 1) % 3, truth)
+    share = 1 - 0.025 ** (1 / 30)
+    same = {"value": 0, "low": -share, "high": share}
+    assert evaluation.paired_difference(guess, guess, truth, metric, resamples=20) == pytest.approx(same)
+    assert evaluation.paired_difference([guess, truth], [truth, guess], truth, metric, resamples=20) == pytest.approx(
+        same
+    )
+    # Wrong in the same rows, but not with the same labels: macro F1 may differ a little, and is as unsure.
+    other = np.where(np.arange(30) < 12, (truth + 2) % 3, truth)
+    found = evaluation.paired_difference(guess, other, truth, metric, resamples=20)
+    assert found["low"] <= -share * 0.9 and found["high"] >= share * 0.9
+    best = evaluation.paired_difference(truth, (truth + 1) % 3, truth, metric, resamples=20)
+    assert best == pytest.approx({"value": 1, "low": 1 - 2 * share, "high": 1})
+    assert evaluation.lead_in_words(best) == "ahead"
+
+
+def test_equal_seeds_are_not_known_to_be_equal_on_other_rows():
+    truth = few(3, 30)
+    contenders = {"a": {0: truth, 1: truth}, "b": {0: truth, 1: truth}, "c": truth}
+    pairs = [("a", "b"), ("a", "c")]
+    for found in evaluation.differences_over_rows_and_seeds(contenders, pairs, truth, most=4096):
+        share = 1 - 0.0125 ** (1 / 30)  # two intervals are shown
+        assert [found["value"], found["low"], found["high"]] == pytest.approx([0, -share, share])
+
+
 # ---- where it errs ----
+
+
+def test_the_mean_f1_of_labels_is_macro_f1_whatever_was_not_tested():
+    truth, guess = np.array([0, 0, 1, 1, 1]), np.array([0, 3, 1, 1, 0])
+    rows = evaluation.per_label(guess, truth, ["a", "b", "c", "d"])
+    assert [row["recall"] for row in rows] == [0.5, pytest.approx(2 / 3), None, None]
+    assert rows[2] == {"label": "c", "support": 0, "predicted": 0, "precision": None, "recall": None, "f1": None}
+    mean = np.mean([row["f1"] for row in rows if row["f1"] is not None])
+    assert mean == pytest.approx(evaluation.compute_metrics(guess, truth)["f1_macro"])
+    assert mean == pytest.approx(f1_score(truth, guess, average="macro"))
 
 
 def test_per_label_is_scikit_learns():
@@ -246,7 +339,8 @@ def test_per_label_is_scikit_learns():
     assert [row["label"] for row in rows] == names
     assert [row["predicted"] for row in rows] == np.bincount(logits.argmax(axis=1), minlength=7).tolist()
     for key, values in (("precision", precision), ("recall", recall), ("f1", f1), ("support", support)):
-        assert [row[key] for row in rows] == pytest.approx(list(values))
+        assert [row[key] or 0 for row in rows] == pytest.approx(list(values))
+    assert rows[3]["recall"] is None and rows[3]["f1"] == 0 < rows[3]["predicted"]
     assert json.loads(json.dumps(rows)) == rows
     matrix = evaluation.confusion_matrix(logits, labels, 7)
     assert (matrix == confusion_matrix(labels, logits.argmax(axis=1), labels=range(7))).all()
@@ -419,8 +513,8 @@ def test_a_report_comes_from_the_run_folder_alone(run, topics):
     assert all(after[path] == content for path, content in before.items())
 
     assert report["schema"] == 1
-    assert set(report["metrics"]) == {"test", "validation", "test_without_leaked", "baselines"}
-    for split in ("test", "validation", "test_without_leaked"):
+    assert set(report["metrics"]) == {"test", "validation", "baselines"} and topics.leaked_test_indices == ()
+    for split in ("test", "validation"):
         assert set(report["metrics"][split]) == set(evaluation.METRICS)
     guess = np.array(report["predictions"]["test"])
     assert report["metrics"]["test"]["accuracy"]["value"] == np.mean(guess == topics.test.labels)
@@ -482,10 +576,6 @@ def test_a_report_says_what_was_tested_on_what_and_with_what(run, topics, capsys
     assert report["metrics"]["test"] == evaluation.metrics(logits["test"], truth, resamples=30)
     expected = evaluation.metrics(logits["validation"], topics.validation.labels, resamples=30)
     assert report["metrics"]["validation"] == expected
-    clean = [row for row in range(len(truth)) if row not in topics.leaked_test_indices]
-    assert report["metrics"]["test_without_leaked"] == evaluation.metrics(
-        logits["test"][clean], truth[clean], resamples=30
-    )
     guess = logits["test"].argmax(axis=1)
     assert report["predictions"]["test"] == guess.tolist()
     assert report["confusion_matrix"] == confusion_matrix(truth, guess, labels=range(6)).tolist()

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qlora_kit.metrics.verdict import Report, verdict
+from qlora_kit.errors import KitError
+from qlora_kit.metrics.verdict import Report, untested, verdict
 
 
 def score(value: float, half: float = 0.01) -> dict[str, float]:
@@ -113,6 +114,63 @@ def test_a_score_of_few_rows_is_called_unsure():
     assert "Macro F1 1.000 (1.000 to 1.000; unsure, as there are only 24 test rows)" in verdict(
         evaluation(1.0, half=0.0, rows=24, tfidf_svm=UNCLEAR)
     )
+
+
+def test_labels_without_test_rows_are_counted_and_are_not_the_weakest():
+    report = Report(evaluation(tfidf_svm=CLEAR))
+    assert "no test row" not in report.verdict
+    report["per_label"] = [
+        {"label": "never", "support": 0, "f1": None},
+        {"label": "good", "support": 3000, "f1": 0.9},
+        {"label": "taken", "support": 0, "f1": 0.0},
+        {"label": "bad", "support": 80, "f1": 0.2},
+    ]
+    assert f"{M[:-1]}; 2 of 4 labels have no test row): ahead" in report.verdict
+    assert [row["label"] for row in report.weakest()] == ["bad", "good"] and len(report.weakest(1)) == 1
+    report["per_label"].pop(0)
+    assert "1 of 3 labels has no test row" in report.verdict
+    for most in (0, True, 1.5):
+        with pytest.raises(KitError, match="whole number of 1 or more as most"):
+            report.weakest(most)
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, "is only 1 validation row"), (30, "are only 30 validation rows")])
+def test_a_validation_score_of_few_rows_is_called_unsure(rows: int, words: str):
+    training = {"metrics": {"validation": scores(1.0, 0.0)}, "rows": {"validation": rows}, "random_weights": False}
+    assert f"(unsure, as there {words}); `evaluate` says" in untested(training)
+    assert "unsure" not in untested(training | {"rows": {"validation": 31}})
+    wide = {"validation": scores(0.7, 0.051)}
+    assert "unsure" in untested(training | {"rows": {"validation": 5000}, "metrics": wide})
+
+
+BROKEN: dict[str, Any] = {
+    "empty": {},
+    "of something else": {"a": 1},
+    "without a section": {"metrics": {"test": scores(0.9)}},
+    "with no scores": {"metrics": {"test": None}, "per_label": []},
+    "with a number for a section": {"metrics": 5, "per_label": []},
+    "with words for a score": evaluation() | {"metrics": {"test": scores(0.9) | {"f1_macro": "good"}}},
+    "with words for numbers": evaluation()
+    | {"metrics": {"test": scores(0.9) | {"f1_macro": dict.fromkeys(("value", "low", "high"), "x")}}},
+    "with half a lead": evaluation()
+    | {"metrics": {"test": scores(0.9), "baselines": {"svm": {**scores(0.8), "ahead": {"f1_macro": {}}}}}},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_report_that_is_not_whole_is_refused_in_one_line(kind: str):
+    with pytest.raises(KitError, match=r"this is no whole report of evaluate, .*: .") as caught:
+        _ = Report(BROKEN[kind]).verdict
+    assert "\n" not in str(caught.value)
+    assert repr(Report(BROKEN[kind]))
+    Report(BROKEN[kind])._repr_html_()
+
+
+@pytest.mark.parametrize("content", [{}, {"metrics": 5}, {"metrics": {"test": {"accuracy": {"value": "x"}}}}])
+def test_a_table_and_the_weakest_labels_need_a_whole_report(content: dict[str, Any]):
+    for call in (Report(content).to_frame, Report(content).weakest):
+        with pytest.raises(KitError, match="this is no whole report of evaluate"):
+            call()
 
 
 def test_leaked_rows_are_told_where_they_move_the_score_out_of_its_interval():

@@ -215,6 +215,13 @@ def test_a_line_whose_notebook_has_not_run_says_so(tmp_path: Path):
     assert "25% less (planned;" in five_lines(state, {"04_memory": {"rows": planned}})["memory"]
 
 
+@pytest.mark.parametrize(("low", "high", "said"), [(0.8, 0.95, True), (0.86, 0.94, False), (None, 0.9, False)])
+def test_a_score_of_few_rows_is_called_unsure(low: float | None, high: float, said: bool):
+    record = {"metrics": {"test": {"f1_macro": {"value": 0.9, "low": low, "high": high}}}}
+    line = five_lines({"preset": "p", "notebooks": {}}, {"03_evaluate": record})["score"]
+    assert line.startswith("macro F1 0.900") and line.endswith("; unsure, as there are few test rows") == said
+
+
 def test_a_run_whose_scores_mean_nothing_says_so():
     assert "mean nothing" in warning({"preset": "minilm_banking77_smoke"}, {})
     random = {"02_finetune": {"experiment": {"model": {"random_weights": True}}}}

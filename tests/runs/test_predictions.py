@@ -43,7 +43,23 @@ def test_predictions_are_a_sequence_of_labels():
     assert found[::-1].labels == found.labels[::-1] and len(found[9:]) == 0
     with pytest.raises(IndexError, match="there is no prediction 4: there are 4"):
         found[4]
-    for place in ("late", 1.0, None):
+    assert list(reversed(found)) == found.labels[::-1]
+    empty = found[4:][::-2]
+    assert (list(empty), empty.logits.shape, len(empty.to_frame())) == ([], (0, 3), 0) and "0 texts" in repr(empty)
+    assert found[-3:-1].labels == found.labels[-3:-1] and found[::-2].texts == found.texts[::-2]
+    assert found[::2].to_frame()["label"].tolist() == found.labels[::2]
+    for place in (
+        "late",
+        1.0,
+        None,
+        True,
+        np.bool_(True),
+        [0],
+        (0, 1),
+        slice("a", "b"),
+        slice(0.5),
+        slice(None, None, 0),
+    ):
         with pytest.raises(KitError, match=r"as predictions\[0\]"):
             found[place]
 
@@ -113,6 +129,20 @@ def test_a_run_rejects_what_it_is_not_sure_of(run, topics):
     assert f"{(best < limit).sum()} rejected" in repr(some) and "rejected" not in whole.to_frame()
     assert run.predict(texts, reject_below=0).labels == whole.labels
     assert set(run.predict(texts, reject_below=1).labels) == {None}
+    assert "0 rejected as less probable than 0" in repr(run.predict(texts, reject_below=0))
+    certain = predictions(reject_below=1.0)
+    assert "rejected" in certain.to_frame()
+
+
+def test_logits_that_are_not_finite_are_refused(run):
+    import torch
+
+    opened = qk.load_run(run.path)
+    model, _ = opened.load()
+    with torch.no_grad():
+        next(weight for name, weight in model.named_parameters() if "lora_B" in name)[:] = math.nan
+    with pytest.raises(KitError, match="logits of row 0 are not finite: the model has diverged"):
+        opened.predict(["a text"], reject_below=0.5)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ import qlora_kit as qk
 from qlora_kit import claims, rerun, schemas
 from qlora_kit.claims.records import _runs
 from qlora_kit.errors import KitError
+from qlora_kit.metrics.verdict import Report
 from qlora_kit.notebooks.page import write_index
 from qlora_kit.notebooks.run_all import _read_state
 from qlora_kit.run import finished_runs, newest_run
@@ -45,7 +46,9 @@ def tested(topics, tiny, tmp_path_factory):
         {"lora": {"r": 4, "alpha": 8}, "training": {"max_steps": 2, "precision": "fp32", "threads": 1}}
     )
     run = qk.finetune(experiment, data=topics, out=tmp_path_factory.mktemp("runs"), progress=False)
-    qk.evaluate(run, baselines=False, resamples=20, progress=False)
+    guess = list(topics.test.labels)
+    row = {**qk.evaluation.metrics(guess, topics.test.labels, resamples=20), "predictions": guess}
+    qk.evaluate(run, baselines={"tfidf_svm": row}, resamples=20, progress=False)
     return run, experiment, run.predict(TEXTS).logits
 
 
@@ -171,6 +174,27 @@ def test_a_card_written_anew_is_in_the_folder_and_says_what_the_test_found(teste
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "pipeline_tag: text-classification" in card
     assert f"{run.evaluation['metrics']['test']['accuracy']['value']:.3f}" in card
+
+
+def test_a_card_says_what_few_rows_leave_open(folder):
+    file = folder / "evaluation.json"
+    report = json.loads(file.read_text("utf-8"))
+    score, (label, other, *_) = report["metrics"]["test"]["f1_macro"], report["per_label"]
+
+    def card_with(low: float, high: float) -> str:
+        score.update(value=low, low=low, high=high)
+        file.write_text(json.dumps(report), "utf-8")
+        return qk.load_run(folder).write_card().read_text(encoding="utf-8")
+
+    card = card_with(0.4, 0.55)
+    assert "\n- Its test score is unsure, as there are only 48 test rows.\n" in card and "no test row" not in card
+    label |= {"support": 0, "recall": None, "f1": 0.0}
+    other |= {"support": 1, "f1": 0.0}
+    del report["data"]  # as in the first run folders
+    card = card_with(0.4, 0.49)
+    assert "Its test score is" not in card
+    assert "- 1 of 6 labels has no test row: nothing is known of" in card
+    assert f"`{other['label']}` (F1 0.00, 1 row)" in card and f"`{label['label']}` (F1 0.00" not in card
 
 
 def test_a_merge_through_the_run_is_of_the_type_that_was_asked_for(tested, tmp_path, capsys):
@@ -426,6 +450,24 @@ def test_a_run_folder_with_a_fault_is_refused_or_predicts_the_same(tested, broke
         one_line(lambda: schemas.check([folder]))
     finally:
         broken.restore("README.md", file.relative_to(folder))
+
+
+@pytest.mark.long
+@settings(generated, max_examples=150)
+@given(st.data())
+def test_a_report_with_a_fault_is_told_or_refused(tested, broken, draw):
+    file = broken.folder / "evaluation.json"
+    try:
+        file.write_bytes(fault_of_json(draw.draw, file.read_text(encoding="utf-8")))
+        run = qk.load_run(broken.folder)
+        one_line(lambda: run.verdict)
+        one_line(run.write_card)
+        one_line(lambda: qk.evaluation.compare_runs([tested[0], run], resamples=2))
+        for use in (Report.to_frame, Report.weakest, repr, Report._repr_html_):
+            one_line(lambda use=use: use(run.evaluation) if run.evaluation else None)
+        assert len(repr(run).splitlines()) in (2, 5)
+    finally:
+        broken.restore("evaluation.json", "README.md")
 
 
 def records_of_a_run(folder: Path, contents) -> list[Path]:
