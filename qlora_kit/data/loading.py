@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -18,7 +17,7 @@ import numpy as np
 
 from ..config.experiment import data_spec
 from ..config.sections import DataSpec
-from ..errors import KitError, nearest, unknown
+from ..errors import KitError, either, nearest, unknown, warn
 from ..system.arguments import DATA_SPEC, takes
 from .formats import format_of
 from .labels import composed, look_of
@@ -54,8 +53,11 @@ def load(spec: DataSpec) -> TextData:
     """
     if spec.name == "memory":
         raise KitError(
-            "data.name is 'memory': such rows live in Python objects or in a run folder's data/; hand them "
-            "over as finetune(..., data=text_classification(...)) or read them with load_saved(folder)"
+            "data.name is 'memory': such rows live in Python objects or in a run folder's data/; "
+            + either(
+                "hand them over as finetune(..., data=text_classification(...)) or read them with load_saved(folder)",
+                "name a file with --data",
+            )
         )
     if spec.name == "banking77":
         return _banking77(spec)
@@ -237,10 +239,8 @@ def _from_sources(spec: DataSpec, train: Any, validation: Any, test: Any) -> Tex
     unused = [name for name in tables if name not in ("train", *(s for s in (test, validation) if isinstance(s, str)))]
     if unused:
         names, are = ", ".join(map(short, unused[:10])), "s {} are" if len(unused) > 1 else " {} is"
-        warnings.warn(
-            f"{source}: its own split{are.format(names)} not used; test= and validation= take a split's name",
-            stacklevel=4,
-        )
+        take = either("test= and validation= take", "--test and --set data.validation=NAME take")
+        warn(f"{source}: its own split{are.format(names)} not used; {take} a split's name")
 
     def rows(thing: Any, what: str) -> Rows:
         if isinstance(thing, str) and thing in tables:
@@ -312,10 +312,10 @@ def _from_parts(
     else:
         if test is None:
             test = TEST_SHARE
-            warnings.warn(
+            said = either(f"test={TEST_SHARE}", f"--test {TEST_SHARE}")
+            warn(
                 f"no test data was named: {TEST_SHARE:.0%} of {train.source} is held out for it "
-                f"(test={TEST_SHARE} says so without this message)",
-                stacklevel=4,
+                f"({said} says so without this message)"
             )
         pool, held = _hold_out(pool, test, rng, train.source, "test")
     if isinstance(validation, Rows):
@@ -325,10 +325,9 @@ def _from_parts(
         single = [names[i] for i, count in sorted(Counter(pool.labels).items()) if count == 1]
         kept_whole = [name for name in single if train.labels.count(name) == 1]
         if kept_whole:
-            warnings.warn(
+            warn(
                 f"{train.source}: {len(kept_whole)} label{'s have' if len(kept_whole) > 1 else ' has'} one row only, "
-                f"which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}",
-                stacklevel=4,
+                f"which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}"
             )
     if spec.limit is not None and spec.limit < len(pool):
         classes = len(set(pool.labels))

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import DataSpec
-from ..errors import KitError
+from ..errors import KitError, warn
 from ..system.arguments import a_path, takes
 from ..system.files import move_into_place, saving
 from ..system.parsing import parse_json, read_json
@@ -300,7 +299,7 @@ def warn_of_leaks(data: TextData) -> None:
     for split, leaked in (("test", len(data.leaked_test_indices)), ("validation", known)):
         rows = len(getattr(data, split))
         if rows and leaked / rows >= LEAK_WARNED:
-            warnings.warn(f"{data.spec.name}: {leak_in_words(leaked, rows, split)}", stacklevel=5)
+            warn(f"{data.spec.name}: {leak_in_words(leaked, rows, split)}")
 
 
 def _quoted(text: str, most: int = MOST_SHOWN) -> str:

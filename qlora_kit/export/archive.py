@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.experiment import Experiment, data_spec
-from ..errors import KitError
+from ..errors import KitError, either
 from ..system.arguments import FLAG, a_path, takes
 from ..system.files import PARTIAL, as_json, saving
 from ..system.host import COLAB, host, on_drive
@@ -88,7 +88,7 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
             "What may quote your texts is left out of %s, in these files or with them: %s. %s includes it.",
             target,
             ", ".join(dict.fromkeys(file.name for file in sorted(private))),
-            "--texts or texts=True",
+            either("texts=True", "--texts"),
         )
     return target
 

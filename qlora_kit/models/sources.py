@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import logging
 import os
