@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import KitError, unknown, warn
+from ..system.showing import counted
 from .tables import short, texts_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def tokenize(
     share = unknown_share(tokenizer, ids)
     if share >= UNKNOWN_SHARE:
         warn(
-            f"{share:.0%} of the tokens of {len(texts)} {what}{'s' if len(texts) > 1 else ''} are unknown to this "
+            f"{share:.0%} of the tokens of {counted(len(texts), what)} are unknown to this "
             "tokenizer: the model cannot tell them apart. Take a base that was trained on such texts"
         )
     long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
@@ -84,8 +85,7 @@ def tokenize(
         tokenizer(" ")  # reset: a fast tokenizer keeps its last truncation setting and would be saved with it
         for i, tokens in zip(long, cut, strict=True):
             ids[i] = tokens
-        plural = "s" if len(texts) > 1 else ""
-        warn(f"{len(long)} of {len(texts)} {what}{plural} cut to {max_length} tokens")
+        warn(f"{len(long)} of {counted(len(texts), what)} cut to {max_length} tokens")
     return ids
 
 

@@ -19,6 +19,7 @@ from ..config.experiment import data_spec
 from ..config.sections import DataSpec
 from ..errors import KitError, either, nearest, unknown, warn
 from ..system.arguments import DATA_SPEC, takes
+from ..system.showing import counted
 from .formats import format_of
 from .labels import composed, look_of
 from .reading import are_files, existing_files, parse_csv, read_files
@@ -326,8 +327,8 @@ def _from_parts(
         kept_whole = [name for name in single if train.labels.count(name) == 1]
         if kept_whole:
             warn(
-                f"{train.source}: {len(kept_whole)} label{'s have' if len(kept_whole) > 1 else ' has'} one row only, "
-                f"which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}"
+                f"{train.source}: {counted(len(kept_whole), 'label')} {'has' if len(kept_whole) == 1 else 'have'} one "
+                f"row only, which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}"
             )
     if spec.limit is not None and spec.limit < len(pool):
         classes = len(set(pool.labels))
@@ -362,8 +363,8 @@ def _hold_out(pool: Split, share: float, rng: np.random.RandomState, source: str
     classes = len(set(pool.labels))
     if size > len(pool) - classes:
         raise KitError(
-            f"{source}: {len(pool)} rows of {classes} labels are too few to hold out {size} for {what} "
-            f"(data.{what}={share:g}) and keep one of each label to train on"
+            f"{source}: {counted(len(pool), 'row')} of {counted(classes, 'label')} are too few to hold out {size} for "
+            f"{what} (data.{what}={share:g}) and keep one of each label to train on"
         )
     chosen = undivided(pool.texts, pool.labels, stratified(pool.labels, size, rng, keep=1), rng)
     rest = np.setdiff1d(np.arange(len(pool)), chosen)

@@ -51,12 +51,15 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
         where `tracking.log_texts` was set.
 
     Raises:
-        KitError: When there is no such folder or nothing in it.
+        KitError: When there is no such folder or nothing in it; when `to` does not end in .zip.
     """
     folder = Path(out)
     if not folder.is_dir():
         raise KitError(f"there is no folder {str(folder)!r} to zip")
     target = Path(to) if to is not None else folder.resolve().with_name(f"{folder.resolve().name}.zip")
+    if target.suffix.lower() != ".zip" or target.is_dir():
+        what = " is a folder" if target.is_dir() else " does not end in .zip"
+        raise KitError(f"{either('to', '--to')} is {str(target)!r}, which{what}: name the zip, as results.zip")
     files = [
         file
         for file in sorted(folder.rglob("*"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..system.showing import lines_as_html, one_line, table_as_html
+from ..system.showing import counted, lines_as_html, one_line, table_as_html
 from .differences import lead_in_words, with_interval
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def verdict(evaluation: Mapping[str, Any]) -> str:
     notes, rows = [], _test_rows(evaluation)
     # Rows that are all right give an interval of no width, but up to 3 / rows of others may be wrong (rule of three).
     if max(test["high"] - test["low"], 3 / rows) >= WIDE:
-        notes.append(f"unsure, as there are only {rows:,} test rows")
+        notes.append(f"unsure, as there {'is' if rows == 1 else 'are'} only {counted(rows, 'test row')}")
     if not test["low"] <= clean["f1_macro"]["value"] <= test["high"]:
         notes.append(f"{clean['f1_macro']['value']:.3f} without the test texts that were also trained on")
     score = "; ".join([score.removesuffix(")"), *notes]) + ")"
@@ -64,7 +64,7 @@ def untested(training: Mapping[str, Any]) -> str:
         training: What `training.json` holds.
     """
     score = f"macro F1 {_with_interval(training['metrics']['validation']['f1_macro'])}"
-    score += f" on {training['rows']['validation']:,} validation rows"
+    score += f" on {counted(training['rows']['validation'], 'validation row')}"
     if training["random_weights"]:
         return f"The base has random weights, so the scores mean nothing: {score}."
     return f"Not tested yet: {score}; `evaluate` says whether a plain SVM does as well."
@@ -153,7 +153,7 @@ class Report(dict[str, Any]):
 
     def _title(self) -> str:
         name = one_line(str(self.get("preset", "a run")))
-        return f"Test of {name}: {_test_rows(self):,} rows, {len(self['per_label']):,} labels"
+        return f"Test of {name}: {counted(_test_rows(self), 'row')}, {counted(len(self['per_label']), 'label')}"
 
     def __repr__(self) -> str:
         try:

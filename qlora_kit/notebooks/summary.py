@@ -9,6 +9,7 @@ from typing import Any
 
 from ..metrics.differences import with_interval
 from ..metrics.verdict import BASELINE_NAMES
+from ..system.showing import counted
 from .names import size, text_of
 from .screen import duration
 
@@ -53,7 +54,7 @@ def five_lines(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]
     return {
         "score": _score(records.get("03_evaluate", {})) or "not measured: notebook 03 has not run",
         "memory": _memory(records.get("04_memory", {})) or "not measured: notebook 04 has not run",
-        "claims": counted(records.get("05_claims", {})) or "not judged: notebook 05 has not run",
+        "claims": count_claims(records.get("05_claims", {})) or "not judged: notebook 05 has not run",
         "time": _time(state, records),
         "use it": _code(records) or "nothing was fine-tuned: notebook 02 has not run",
     }
@@ -75,18 +76,18 @@ def notebook_lines(name: str, record: Mapping[str, Any]) -> list[str]:
     if name == "04_memory":
         return [line for line in (_memory(record), _race(record.get("times"))) if line]
     if name == "05_claims":
-        return [line for line in (counted(record),) if line]
+        return [line for line in (count_claims(record),) if line]
     return _search(record.get("search")) if name == "06_search" else []
 
 
-def counted(record: Mapping[str, Any]) -> str:
+def count_claims(record: Mapping[str, Any]) -> str:
     """Return how many of the claims hold, hold in part, and so on, as notebook 05's record has them."""
     claims = record.get("claims")
     if not isinstance(claims, list):
         return ""
     found = [row.get("verdict") for row in claims if isinstance(row, Mapping)]
     each = [f"{found.count(verdict)} {words}" for verdict, words in _VERDICTS.items() if verdict in found]
-    return f"of {len(found)} claims about QLoRA {', '.join(each)}" if each else ""
+    return f"of {counted(len(found), 'claim')} about QLoRA {', '.join(each)}" if each else ""
 
 
 def _get(record: Any, *keys: str) -> Any:
@@ -203,4 +204,6 @@ def _search(search: Any) -> list[str]:
     parameters = best.get("parameters") or {}
     given = ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {text_of(value)}" for name, value in
                       parameters.items())  # fmt: skip
-    return [f"best of {len(trials)} trials: macro F1 {best['f1_macro']:.4f} on the validation rows, with {given}"]
+    return [
+        f"best of {counted(len(trials), 'trial')}: macro F1 {best['f1_macro']:.4f} on the validation rows, with {given}"
+    ]

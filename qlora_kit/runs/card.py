@@ -13,6 +13,7 @@ from ..data.rows import leak_in_words
 from ..metrics.differences import with_interval
 from ..models import inventory
 from ..models.sources import EMBEDDED
+from ..system.showing import counted
 
 # The most labels that a card lists; a longer list helps nobody.
 MOST_LABELS = 100
@@ -42,7 +43,7 @@ Labels: {labels}
 
 ## Method
 
-{method_sentence} {steps} steps of {rows_a_step} rows, learning rate {rate:g}, seed {seed}, {precision}, {optimizer};
+{method_sentence} {steps} of {rows_a_step}, learning rate {rate:g}, seed {seed}, {precision}, {optimizer};
 {trainable:,} of {parameters:,} parameters trained.{made_on}
 {inventory}
 ## Metrics
@@ -120,8 +121,8 @@ def model_card(
         test=f"{rows['test']:,}",
         length=experiment.data.max_length,
         source=BANKING77 if banking77 else "",
-        steps=f"{training['steps']:,}",
-        rows_a_step=spec.batch_size * spec.gradient_accumulation,
+        steps=counted(training["steps"], "step"),
+        rows_a_step=counted(spec.batch_size * spec.gradient_accumulation, "row"),
         rate=spec.learning_rate,
         seed=spec.seed,
         precision=training["precision"],

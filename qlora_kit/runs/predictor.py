@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import KitError, described
 from ..system.arguments import COUNT, SHARE, TEXT, takes
-from ..system.showing import lines_as_html, one_line, table_as_html
+from ..system.showing import counted, lines_as_html, one_line, table_as_html
 from .folder import RunFolder
 
 if TYPE_CHECKING:
@@ -127,7 +127,9 @@ class Predictions:
     def _title(self) -> str:
         rejected = sum(label is None for label in self.labels)
         more = f", {rejected:,} rejected as less probable than {self.reject_below:g}" if self.reject_below else ""
-        return f"Predictions for {len(self):,} texts with {self.probabilities.shape[1]:,} labels{more}"
+        return (
+            f"Predictions for {counted(len(self), 'text')} with {counted(self.probabilities.shape[1], 'label')}{more}"
+        )
 
     def _rows(self, most: int) -> list[list[str]]:
         """Return the first rows as text, label and probability; without the text where it is not known."""

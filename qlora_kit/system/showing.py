@@ -26,6 +26,17 @@ def one_line(text: str, most: int = MOST_SHOWN) -> str:
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
+def counted(count: float, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `2 rows`, `1,000 test rows`, `0.5 epochs`.
+
+    Args:
+        count: How many.
+        noun: For one, as `test row`; others have an s at its end.
+    """
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 def lines_as_html(lines: Sequence[str]) -> str:
     """Return lines as HTML: the first one bold, everything escaped.
 

@@ -123,7 +123,7 @@ def test_bad_input_ends_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path
     own = (*smoke, "--data", "a.csv", "--set")
     assert "data.name is given twice, as 'b.csv' and as 'a.csv'" in refused(capsys, *own, "data.name=b.csv")
     assert "training.epochs is given twice" in refused(capsys, *own, "training.epochs=1", "--set", "training.epochs=2")
-    assert "leave data.text out" in refused(capsys, *smoke, "--text", "question")
+    assert "leave --text out" in refused(capsys, *smoke, "--text", "question")
     assert "cannot be the name of" in refused(capsys, *smoke, "--name", "../../elsewhere")
     assert "no run folder" in refused(capsys, "evaluate", tmp_path / "nothing")
     assert "no run folder" in refused(capsys, "predict", tmp_path / "nothing", "a text")

@@ -16,7 +16,7 @@ import qlora_kit as qk
 from qlora_kit.notebooks.html import section
 from qlora_kit.notebooks.names import size, text_of, unit_of
 from qlora_kit.notebooks.page import write_index
-from qlora_kit.notebooks.summary import counted, five_lines, notebook_lines, warning
+from qlora_kit.notebooks.summary import count_claims, five_lines, notebook_lines, warning
 
 # The ratio of the text's luminance to what lies behind it, by WCAG 2.2, of every text that is seen.
 CONTRASTS = """
@@ -230,7 +230,7 @@ def test_a_record_of_any_shape_leaves_the_page_whole(name: str, odd: Any, tmp_pa
         assert isinstance(notebook_lines(name, record), list)
         assert five_lines({"preset": "p", "notebooks": {}}, {name: record})
         assert section(tmp_path, name, {"state": "finished"}, record).startswith("<section>")
-    assert counted({"claims": odd}) == ""
+    assert count_claims({"claims": odd}) == ""
 
 
 def test_numbers_have_their_units():
