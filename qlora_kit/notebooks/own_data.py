@@ -46,13 +46,13 @@ def own_file(file: str, *, out: str | Path = "runs/latest", upload: bool = False
     if file and upload:
         raise KitError(f"own_file is {file!r} and upload is True: name a file or upload one")
     if file:
-        return Path(file), f"{file}, as asked for"
+        return Path(file), f"The file {file}, as asked for"
     if upload:
         if host() is not COLAB:
             raise KitError("upload = True is for Colab: here, give the file's path as own_file")
         names = list(importlib.import_module("google.colab.files").upload())
         if names:
-            return Path(names[0]), f"{names[0]}, uploaded"
+            return Path(names[0]), f"The file {names[0]}, uploaded"
     path = write_sample(Path(out) / "00_your_data" / "sample.csv")
     why = "Nothing was uploaded" if upload else "No file was named"
     return path, (

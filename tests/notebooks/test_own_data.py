@@ -109,7 +109,7 @@ def test_the_sample_is_small_and_its_columns_are_found(tmp_path: Path):
 
 
 def test_a_file_is_named_or_uploaded_not_both(tmp_path: Path):
-    assert own_data.own_file("mine.csv", out=tmp_path) == (Path("mine.csv"), "mine.csv, as asked for")
+    assert own_data.own_file("mine.csv", out=tmp_path) == (Path("mine.csv"), "The file mine.csv, as asked for")
     with pytest.raises(KitError, match="name a file or upload one"):
         own_data.own_file("mine.csv", out=tmp_path, upload=True)
     with pytest.raises(KitError, match="upload = True is for Colab: here, give the file's path as own_file"):
@@ -126,7 +126,7 @@ def test_in_colab_a_file_is_uploaded(chosen: dict[str, bytes], tmp_path: Path, m
     assert host.host() is host.COLAB
     path, why = own_data.own_file("", out=tmp_path, upload=True)
     if chosen:
-        assert (path, why) == (Path("mails.csv"), "mails.csv, uploaded")
+        assert (path, why) == (Path("mails.csv"), "The file mails.csv, uploaded")
     else:
         assert path.name == "sample.csv" and why.startswith("Nothing was uploaded")
 
