@@ -310,7 +310,8 @@ class TrackingSpec:
 
     Args:
         to: `wandb`, `tensorboard`, `mlflow` or `trackio`, a list of several, or `none`. All but W&B need an extra:
-            `pip install 'qlora_kit[tensorboard]'`. What each gets stands in `qlora_kit.tracking`.
+            `pip install 'qlora_kit[tensorboard]'`. What each gets stands in `qlora_kit.tracking`. The scores
+            of a run's test are logged in W&B alone; its folder has them in any case.
         wandb: For W&B, `auto` logs online if the user is logged in and offline otherwise; `none` is no W&B, even where
             `to` names it. Where `Experiment.override` is told `tracking.to` alone and W&B is in it, `none` becomes
             `auto`; told both, it refuses the contradiction.

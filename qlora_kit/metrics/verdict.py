@@ -172,6 +172,6 @@ class Report(dict[str, Any]):
                 for name, row in self._rows().items()
             ]
             table = table_as_html(["on the test rows", *_SHOWN.values()], rows)
-            return lines_as_html([self._title()]) + table + lines_as_html([self.verdict])
+            return lines_as_html([self._title()]) + table + lines_as_html([self.verdict], titled=False)
         except (KeyError, TypeError, AttributeError):
             return None  # Jupyter then shows the text

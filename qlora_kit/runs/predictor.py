@@ -150,7 +150,8 @@ class Predictions:
         rows = self._rows(SHOWN_ROWS)
         columns = ["text", "label", "probability"][-len(rows[0]) :] if rows else []
         table = table_as_html(columns, rows) if rows else ""
-        return lines_as_html([self._title(), *self._left(SHOWN_ROWS)]) + table
+        left = self._left(SHOWN_ROWS)
+        return lines_as_html([self._title()]) + table + (lines_as_html(left, titled=False) if left else "")
 
 
 class Predictor(RunFolder):

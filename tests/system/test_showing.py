@@ -1,10 +1,10 @@
-"""Counts with their nouns."""
+"""Counts with their nouns; lines and tables as HTML."""
 
 from __future__ import annotations
 
 import pytest
 
-from qlora_kit.system.showing import counted
+from qlora_kit.system.showing import counted, lines_as_html, table_as_html
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,11 @@ from qlora_kit.system.showing import counted
 )
 def test_a_number_stands_with_its_noun(count: float, noun: str, words: str):
     assert counted(count, noun) == words
+
+
+def test_lines_and_tables_are_escaped_and_a_long_path_breaks():
+    page = lines_as_html(["Run <a>", "line"])
+    assert page == '<div style="overflow-wrap:anywhere"><strong>Run &lt;a&gt;</strong><br>line</div>'
+    assert "<strong>" not in lines_as_html(["a sentence"], titled=False)
+    table = table_as_html(["text"], [["<b>"]])
+    assert "&lt;b&gt;" in table and "<b>" not in table and table.count("text-align:left") == 2
