@@ -1,15 +1,87 @@
-"""Errors that tell the user what was wrong, what is allowed, and what was probably meant."""
+"""Errors and warnings that tell the user what was wrong, what is allowed, and what was probably meant."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
+import os
 import signal
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_in_terminal = contextvars.ContextVar("in_terminal", default=False)
 
 
 class KitError(ValueError):
     """Bad input. The message says what the user can do; the command line prints only the message and exits with 2."""
+
+
+class KitWarning(UserWarning):
+    """Something about the input that a result may suffer from. The message says what the user can do."""
+
+
+def warn(message: str) -> None:
+    """Warn the user. The warning names the line outside the package that led here, the user's own.
+
+    Args:
+        message: One line.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, KitWarning, stacklevel=level)
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show the kit's warnings as one line each within a block: where no line of code is the user's own."""
+    before = warnings.formatwarning
+    warnings.formatwarning = _format_plainly(before)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def show_warnings_plainly() -> None:
+    """Show the kit's warnings as one line each from here on, as `plain_warnings` does for a block."""
+    warnings.formatwarning = _format_plainly(warnings.formatwarning)
+
+
+def _format_plainly(before: Any) -> Any:
+    def format_plainly(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, KitWarning):
+            return f"warning: {' '.join(str(message).split())}\n"
+        return str(before(message, category, filename, lineno, line))
+
+    return format_plainly
+
+
+@contextlib.contextmanager
+def in_terminal() -> Iterator[None]:
+    """Let messages name the options of the command line within a block, instead of Python's arguments."""
+    token = _in_terminal.set(True)
+    try:
+        yield
+    finally:
+        _in_terminal.reset(token)
+
+
+def either(python: str, terminal: str) -> str:
+    """Return the words that the user writes: those of Python, or on the command line those of the terminal.
+
+    Args:
+        python: As in `test=0.2`.
+        terminal: As in `--test 0.2`.
+    """
+    return terminal if _in_terminal.get() else python
 
 
 class Terminated(SystemExit):
@@ -78,3 +150,7 @@ class TrainingError(RuntimeError):
 
 class NotebookFailed(RuntimeError):
     """A notebook stopped. The message ends with the failing cell's error."""
+
+
+class NotebookRefused(NotebookFailed, KitError):
+    """A notebook stopped at bad input. The message is one line: the notebook, its cell, and the cell's `KitError`."""

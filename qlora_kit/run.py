@@ -12,7 +12,7 @@ from .errors import KitError
 from .runs.predictor import Predictor
 from .system.arguments import FLAG, FOLDER, RUN_FOLDER, TEXT, a_path, takes
 from .system.files import write_text
-from .system.showing import harmless, lines_as_html, one_line
+from .system.showing import counted, harmless, lines_as_html, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class Run(Predictor):
             return [
                 f"{title}: {one_line(spec.name)}",
                 f"  {one_line(spec.model.name)}, {method}{base}, seed {spec.training.seed}",
-                f"  data {one_line(spec.data.name)}: {len(self.label_names):,} labels; rows {rows['train']:,} train, "
-                f"{rows['validation']:,} validation, {rows['test']:,} test",
-                f"  {training['steps']:,} steps in {timing['train_seconds']:,.0f} s, {training['precision']}",
+                f"  data {one_line(spec.data.name)}: {counted(len(self.label_names), 'label')}; rows "
+                f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test",
+                f"  {counted(training['steps'], 'step')} in {timing['train_seconds']:,.0f} s, {training['precision']}",
                 self.verdict,
             ]
         except (KitError, OSError, KeyError, TypeError) as error:

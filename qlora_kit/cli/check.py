@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from .. import schemas
     from ..checking.check import check
     from ..claims.records import find_results
+    from ..system.showing import counted
 
     paths = [Path(path) for path in options.paths]
     if not paths[0].exists() and options.paths == ["results"]:
@@ -55,5 +56,6 @@ def run(options: argparse.Namespace) -> int:
     if not checked:
         named = ", ".join(map(str, paths))
         print(f"nothing to check in {named}: no run folder, no notebook's record, no record in a folder named results")
-    print(f"{len(checked)} records checked, {len(wrong)} problems, {len(report.not_shown)} not shown")
+    found = f"{counted(len(checked), 'record')} checked, {counted(len(wrong), 'problem')}"
+    print(f"{found}, {len(report.not_shown)} not shown")
     return 1 if wrong or not checked or (options.strict and report.not_shown) else 0

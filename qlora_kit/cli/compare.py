@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..errors import KitError
+from ..system.showing import counted
 from .terminal import harmless, off_stdout
 
 NAME = "compare"
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         for row in found["differences"]
     ]
     width = max(len(name) for name, _ in rows)
-    heading = f"on {found['rows']:,} test rows"
+    heading = f"on {counted(found['rows'], 'test row')}"
     print(f"{heading:{width}}  " + "  ".join(f"{name:>26}" for name in COMPARED))
     for name, values in rows:
         print(harmless(f"{name:{width}}  " + "  ".join(f"{value:>26}" for value in values)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 
 def read_experiment(options: argparse.Namespace) -> Experiment:
     """Return the experiment that a command line describes."""
+    from ..config.names import named_after
     from ..config.preset import preset, resolve_preset
 
     name, why = resolve_preset(options.experiment)
@@ -37,7 +39,31 @@ def read_experiment(options: argparse.Namespace) -> Experiment:
     for field, value in given.items():
         if value is not None:
             _add(changes, f"data.{field}", value)
-    return preset(name).override(changes)
+    known = preset(name)
+    experiment = known.override(changes)
+    if known.data.name == "banking77" and "name" not in changes:
+        # As Python names it, where the user's data is handed to `finetune`.
+        experiment = experiment.override({"name": named_after(known.name, experiment.data.name)})
+    return experiment
+
+
+def in_options(message: str, options: argparse.Namespace) -> str:
+    """Return a message with the options that were given in place of the names that the library has for them.
+
+    Args:
+        message: Of a KitError.
+        options: What the parser has read.
+    """
+    for field in ("name", "test", "text", "label"):
+        option = "data" if field == "name" else field
+        by_field = any(piece.startswith(f"data.{field}=") for piece in getattr(options, "set", None) or ())
+        if isinstance(getattr(options, option, None), str) and not by_field:
+            message = re.sub(rf"\bdata\.{field}\b", f"--{option}", message)
+    found = re.match(r"(\w+) is ", message)
+    actions = getattr(getattr(options, "own_parser", None), "_option_string_actions", {})
+    if found and f"--{found[1].replace('_', '-')}" in actions:
+        message = f"--{found[1].replace('_', '-')}{message[found.end(1) :]}"
+    return message
 
 
 def read_changes(pieces: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..system.showing import counted
 from .experiment import add_experiment, read_experiment
 from .terminal import harmless, off_stdout
 
@@ -69,8 +70,8 @@ def _begin(spec: Experiment, data: TextData, folder: Path) -> None:
     method = "full fine-tuning" if spec.lora is None else f"LoRA on {spec.quantization.label}"
     steps = spec.training.steps_for(len(data.train))
     words = (
-        f"{len(data.train):,} rows, {len(data.label_names):,} labels; {spec.model.name}, {method}, {steps:,} steps, "
-        f"into {folder}"
+        f"{counted(len(data.train), 'row')}, {counted(len(data.label_names), 'label')}; {spec.model.name}, {method}, "
+        f"{counted(steps, 'step')}, into {folder}"
     )
     print(harmless(words), end="", flush=True)
     try:

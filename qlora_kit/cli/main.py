@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from ..errors import KitError, NotebookFailed, Terminated, TrainingError, unknown
+from ..errors import KitError, NotebookFailed, Terminated, TrainingError, in_terminal, plain_warnings, unknown
 from ..system.versions import VERSION
 from . import (
     check,
@@ -37,6 +37,7 @@ from . import (
 )
 from . import zip as zip_command
 from .command import Command
+from .experiment import in_options
 from .terminal import say
 
 COMMANDS: tuple[Command, ...] = (
@@ -115,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A letter that a terminal cannot show is printed as its code, so that the command does not fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    options = argparse.Namespace()
     try:
-        with _told_to_end():
+        with _told_to_end(), in_terminal(), plain_warnings():
             parser = make_parser()
             options = parser.parse_args(arguments)
             if options.command is None:
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except KitError as error:
-        return say(" ".join(str(error).split()), 2)
+        return say(in_options(" ".join(str(error).split()), options), 2)
     except (KeyboardInterrupt, Terminated) as error:
         return say(STOPPED, 128 + (error.number if isinstance(error, Terminated) else signal.SIGINT))
     except BrokenPipeError:
@@ -186,5 +188,5 @@ def make_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_arguments(added)
-        added.set_defaults(run=command.run, parser=parser)
+        added.set_defaults(run=command.run, parser=parser, own_parser=added)
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..system.showing import counted
 from .terminal import off_stdout
 
 NAME = "merge"
@@ -35,8 +36,8 @@ def run(options: argparse.Namespace) -> int:
         merged = opened.merge(options.to, dtype=options.dtype, progress=not options.quiet)
     before, after = merged["before"]["f1_macro"]["value"], merged["after"]["f1_macro"]["value"]
     print(
-        f"on {merged['rows']:,} validation rows: macro F1 {before:.4f} before, {after:.4f} after; the same label for "
-        f"{merged['same_label']:.2%} of them"
+        f"on {counted(merged['rows'], 'validation row')}: macro F1 {before:.4f} before, {after:.4f} after; the same "
+        f"label for {merged['same_label']:.2%} of them"
     )
     print(options.to)
     return 0

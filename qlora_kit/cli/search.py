@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import KitError
+from ..system.showing import counted
 from .experiment import add_experiment, read_experiment
 from .terminal import harmless, off_stdout, say
 
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     except KitError as error:
         return say(str(error), 1)
     rows = found.record["rows"]["validation"]
-    print(f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {rows} validation rows")
+    print(f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {counted(rows, 'validation row')}")
     print(found.path / "best.yaml")
     return 0
 

@@ -102,6 +102,7 @@ class Experiment:
         tree, changed = self.to_dict(), set[str]()
         for name, value in changes.items():
             _change(tree, str(name), value, changed)
+        _settle_wandb(tree["tracking"], changes)
         changed_experiment: Experiment = _build(Experiment, tree, "")
         return changed_experiment
 
@@ -203,6 +204,19 @@ def _change(tree: dict[str, Any], name: str, value: Any, changed: set[str]) -> N
         raise KitError(f"{twice} is given twice" if twice == name else f"{twice} is given, and {name} as a whole")
     changed.add(name)
     node[field] = value
+
+
+def _settle_wandb(tracking: Any, changes: Mapping[str, Any]) -> None:
+    """Let a change of `tracking.to` that names W&B undo an older `tracking.wandb: none`; refuse the two together."""
+    section = changes.get("tracking")
+    inside = section if isinstance(section, Mapping) else {}
+    named = changes.get("tracking.to", inside.get("to"))
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list | tuple) or "wandb" not in names or tracking["wandb"] != "none":
+        return
+    if "tracking.wandb" in changes or "wandb" in inside:
+        raise KitError("tracking.to names wandb, and tracking.wandb is none: leave out one of the two")
+    tracking["wandb"] = "auto"
 
 
 def _sections() -> dict[str, type]:

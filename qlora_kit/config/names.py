@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 from ..errors import KitError
 
@@ -11,6 +12,22 @@ def presets() -> list[str]:
     """Return the names of the presets that come with the package."""
     folder = resources.files("qlora_kit") / "presets"
     return sorted(item.name[: -len(".yaml")] for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def named_after(name: str, data: str) -> str:
+    """Return the name of an experiment on other data than its preset's: `banking77` in it becomes the data's name.
+
+    Args:
+        name: The preset's name, as `minilm_banking77_qlora`.
+        data: The data's name: a file, a pattern of files, a data set on the hub, or `banking77`, which changes nothing.
+
+    Returns:
+        For `data/tickets.csv`, `minilm_tickets_qlora`.
+    """
+    if data == "banking77":
+        return name
+    kept = (c if c.isascii() and (c.isalnum() or c in "-.") else "-" for c in Path(data).stem[:60])
+    return name.replace("_banking77_", f"_{''.join(kept).strip('-.') or 'data'}_")
 
 
 def safe_name(what: str, name: str) -> str:

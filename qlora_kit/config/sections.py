@@ -310,8 +310,11 @@ class TrackingSpec:
 
     Args:
         to: `wandb`, `tensorboard`, `mlflow` or `trackio`, a list of several, or `none`. All but W&B need an extra:
-            `pip install 'qlora_kit[tensorboard]'`. What each gets stands in `qlora_kit.tracking`.
-        wandb: For W&B, `auto` logs online if the user is logged in and offline otherwise; `none` for no W&B.
+            `pip install 'qlora_kit[tensorboard]'`. What each gets stands in `qlora_kit.tracking`. The scores
+            of a run's test are logged in W&B alone; its folder has them in any case.
+        wandb: For W&B, `auto` logs online if the user is logged in and offline otherwise; `none` is no W&B, even where
+            `to` names it. Where `Experiment.override` is told `tracking.to` alone and W&B is in it, `none` becomes
+            `auto`; told both, it refuses the contradiction.
         project: Name of the project of W&B and trackio, and of MLflow's experiment.
         log_texts: Whether the W&B log also has a few validation texts: those with the worst predictions. It always has
             Banking77's, which everybody may read.
@@ -327,14 +330,19 @@ class TrackingSpec:
 
     def __post_init__(self) -> None:
         _typed("tracking", self)
-        names = [self.to] if isinstance(self.to, str) else list(dict.fromkeys(self.to))
+        names = [self.to] if isinstance(self.to, str) else list(self.to)
+        if not names:
+            raise KitError(f"tracking.to is []: name one or more of {', '.join(TRACKERS)}, or none for no tracking")
         for name in names:
             if name not in (*TRACKERS, "none"):
                 raise unknown("tracking.to called", name, [*TRACKERS, "none"])
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise KitError(f"tracking.to is {shown(names)}: {twice} stands in it twice")
         if "none" in names and len(names) > 1:
             raise KitError(f"tracking.to is {shown(names)}: none goes with no other")
         # One value for each meaning, so that equal settings are equal.
-        object.__setattr__(self, "to", tuple(names) if len(names) > 1 else names[0] if names else "none")
+        object.__setattr__(self, "to", tuple(names) if len(names) > 1 else names[0])
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:") or not self.project.isprintable():
             raise KitError(
                 f"tracking.project is {shown(self.project)}: allowed are up to 128 characters without / \\ # ? % :"
@@ -342,6 +350,6 @@ class TrackingSpec:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The names of `to` as a tuple; an empty one for `none`."""
+        """The names of `to` as a tuple, W&B's only where `wandb` allows it; an empty one for `none`."""
         names = (self.to,) if isinstance(self.to, str) else self.to
-        return tuple(name for name in names if name != "none")
+        return tuple(name for name in names if name != "none" and not (name == "wandb" and self.wandb == "none"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import KitError, unknown
+from ..errors import KitError, unknown, warn
+from ..system.showing import counted
 from .tables import short, texts_of
 
 if TYPE_CHECKING:
@@ -69,25 +69,23 @@ def tokenize(
             )
     share = unknown_share(tokenizer, ids)
     if share >= UNKNOWN_SHARE:
-        warnings.warn(
-            f"{share:.0%} of the tokens of {len(texts)} {what}{'s' if len(texts) > 1 else ''} are unknown to this "
-            "tokenizer: the model cannot tell them apart. Take a base that was trained on such texts",
-            stacklevel=2,
+        warn(
+            f"{share:.0%} of the tokens of {counted(len(texts), what)} are unknown to this "
+            "tokenizer: the model cannot tell them apart. Take a base that was trained on such texts"
         )
     long = [i for i, tokens in enumerate(ids) if len(tokens) > max_length]
     if long and too_long == "refuse":
         raise KitError(
             f"{what} {long[0] + 1} ({short(texts[long[0]])}) has {len(ids[long[0]])} tokens, more than "
-            f"data.max_length={max_length} ({len(long)} such of {len(texts)}); raise max_length, or set "
-            "too_long='cut'"
+            f"data.max_length={max_length} ({len(long)} such of {len(texts)}); raise it, or set "
+            "data.too_long to cut"
         )
     if long:
         cut = tokenizer([texts[i] for i in long], truncation=True, max_length=max_length)["input_ids"]
         tokenizer(" ")  # reset: a fast tokenizer keeps its last truncation setting and would be saved with it
         for i, tokens in zip(long, cut, strict=True):
             ids[i] = tokens
-        plural = "s" if len(texts) > 1 else ""
-        warnings.warn(f"{len(long)} of {len(texts)} {what}{plural} cut to {max_length} tokens", stacklevel=2)
+        warn(f"{len(long)} of {counted(len(texts), what)} cut to {max_length} tokens")
     return ids
 
 

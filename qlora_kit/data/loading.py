@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -18,8 +17,9 @@ import numpy as np
 
 from ..config.experiment import data_spec
 from ..config.sections import DataSpec
-from ..errors import KitError, nearest, unknown
+from ..errors import KitError, either, nearest, unknown, warn
 from ..system.arguments import DATA_SPEC, takes
+from ..system.showing import counted
 from .formats import format_of
 from .labels import composed, look_of
 from .reading import are_files, existing_files, parse_csv, read_files
@@ -54,8 +54,11 @@ def load(spec: DataSpec) -> TextData:
     """
     if spec.name == "memory":
         raise KitError(
-            "data.name is 'memory': such rows live in Python objects or in a run folder's data/; hand them "
-            "over as finetune(..., data=text_classification(...)) or read them with load_saved(folder)"
+            "data.name is 'memory': such rows live in Python objects or in a run folder's data/; "
+            + either(
+                "hand them over as finetune(..., data=text_classification(...)) or read them with load_saved(folder)",
+                "name a file with --data",
+            )
         )
     if spec.name == "banking77":
         return _banking77(spec)
@@ -237,10 +240,8 @@ def _from_sources(spec: DataSpec, train: Any, validation: Any, test: Any) -> Tex
     unused = [name for name in tables if name not in ("train", *(s for s in (test, validation) if isinstance(s, str)))]
     if unused:
         names, are = ", ".join(map(short, unused[:10])), "s {} are" if len(unused) > 1 else " {} is"
-        warnings.warn(
-            f"{source}: its own split{are.format(names)} not used; test= and validation= take a split's name",
-            stacklevel=4,
-        )
+        take = either("test= and validation= take", "--test and --set data.validation=NAME take")
+        warn(f"{source}: its own split{are.format(names)} not used; {take} a split's name")
 
     def rows(thing: Any, what: str) -> Rows:
         if isinstance(thing, str) and thing in tables:
@@ -312,10 +313,10 @@ def _from_parts(
     else:
         if test is None:
             test = TEST_SHARE
-            warnings.warn(
+            said = either(f"test={TEST_SHARE}", f"--test {TEST_SHARE}")
+            warn(
                 f"no test data was named: {TEST_SHARE:.0%} of {train.source} is held out for it "
-                f"(test={TEST_SHARE} says so without this message)",
-                stacklevel=4,
+                f"({said} says so without this message)"
             )
         pool, held = _hold_out(pool, test, rng, train.source, "test")
     if isinstance(validation, Rows):
@@ -325,10 +326,9 @@ def _from_parts(
         single = [names[i] for i, count in sorted(Counter(pool.labels).items()) if count == 1]
         kept_whole = [name for name in single if train.labels.count(name) == 1]
         if kept_whole:
-            warnings.warn(
-                f"{train.source}: {len(kept_whole)} label{'s have' if len(kept_whole) > 1 else ' has'} one row only, "
-                f"which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}",
-                stacklevel=4,
+            warn(
+                f"{train.source}: {counted(len(kept_whole), 'label')} {'has' if len(kept_whole) == 1 else 'have'} one "
+                f"row only, which is trained on and never validated: {', '.join(map(short, kept_whole[:5]))}"
             )
     if spec.limit is not None and spec.limit < len(pool):
         classes = len(set(pool.labels))
@@ -363,8 +363,8 @@ def _hold_out(pool: Split, share: float, rng: np.random.RandomState, source: str
     classes = len(set(pool.labels))
     if size > len(pool) - classes:
         raise KitError(
-            f"{source}: {len(pool)} rows of {classes} labels are too few to hold out {size} for {what} "
-            f"(data.{what}={share:g}) and keep one of each label to train on"
+            f"{source}: {counted(len(pool), 'row')} of {counted(classes, 'label')} are too few to hold out {size} for "
+            f"{what} (data.{what}={share:g}) and keep one of each label to train on"
         )
     chosen = undivided(pool.texts, pool.labels, stratified(pool.labels, size, rng, keep=1), rng)
     rest = np.setdiff1d(np.arange(len(pool)), chosen)

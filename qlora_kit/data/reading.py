@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import KitError, nearest, unknown
+from ..errors import KitError, either, nearest, unknown
 from .formats import _OTHER_SUFFIXES, ENDINGS, SUFFIXES, format_of
 from .tables import (
     Places,
@@ -261,7 +261,8 @@ def _csv_header(content: str, source: str, text: str, label: str, tsv: bool) -> 
     missing = text if text not in columns else label
     shown = [short(name) for name in columns[:20]]
     error = unknown("column", missing, [name.strip("'") for name in shown])
-    raise KitError(f"{source}: {error} The first line names the columns; choose them with text= and label=.")
+    options = either("text= and label=", "--text and --label")
+    raise KitError(f"{source}: {error} The first line names the columns; choose them with {options}.")
 
 
 def _seems_quoted(cell: str) -> bool:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..config.sections import DataSpec
-from ..errors import KitError
+from ..errors import KitError, warn
 from ..system.arguments import a_path, takes
 from ..system.files import move_into_place, saving
 from ..system.parsing import parse_json, read_json
-from ..system.showing import MOST_SHOWN, lines_as_html, one_line
+from ..system.showing import MOST_SHOWN, counted, lines_as_html, one_line
 from .batches import token_ids, unknown_share
 from .labels import composed, look_of
 from .splitting import fold
@@ -47,7 +46,7 @@ class Split:
 
     def __repr__(self) -> str:
         first = f", the first one {_quoted(self.texts[0])}" if self.texts else ""
-        return f"Split of {len(self):,} texts{first}"
+        return f"Split of {counted(len(self), 'text')}{first}"
 
     def take(self, indices: Iterable[int]) -> Split:
         """Return the rows at `indices`, in that order."""
@@ -86,7 +85,8 @@ class TextData:
         shown = [_quoted(name, 40) for name in names[:3]]
         more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
         lines = [
-            f"Data {one_line(self.spec.name)}: {sum(sizes.values()):,} texts with {len(names):,} labels",
+            f"Data {one_line(self.spec.name)}: {counted(sum(sizes.values()), 'text')} with "
+            f"{counted(len(names), 'label')}",
             f"  {', '.join(f'{name} {size:,}' for name, size in sizes.items())}",
             f"  labels {', '.join(shown)}{more}",
         ]
@@ -270,9 +270,10 @@ def leak_in_words(leaked: int, rows: int, split: str = "test") -> str:
         split: `test` or `validation`.
     """
     seen = "training or validation" if split == "test" else "training"
+    stand = "stands" if leaked == 1 else "stand"
     words = (
-        f"{leaked:,} of {rows:,} {split} texts ({leaked / rows:.1%}) also stand in {seen} (case, spaces, punctuation "
-        "and Unicode form aside)"
+        f"{leaked:,} of {counted(rows, f'{split} text')} ({leaked / rows:.1%}) also {stand} in {seen} (case, spaces, "
+        "punctuation and Unicode form aside)"
     )
     return words if leaked < rows else f"{words}: no text is left that a score on new texts could come from"
 
@@ -300,7 +301,7 @@ def warn_of_leaks(data: TextData) -> None:
     for split, leaked in (("test", len(data.leaked_test_indices)), ("validation", known)):
         rows = len(getattr(data, split))
         if rows and leaked / rows >= LEAK_WARNED:
-            warnings.warn(f"{data.spec.name}: {leak_in_words(leaked, rows, split)}", stacklevel=5)
+            warn(f"{data.spec.name}: {leak_in_words(leaked, rows, split)}")
 
 
 def _quoted(text: str, most: int = MOST_SHOWN) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.experiment import Experiment, data_spec
-from ..errors import KitError
+from ..errors import KitError, either
 from ..system.arguments import FLAG, a_path, takes
 from ..system.files import PARTIAL, as_json, saving
 from ..system.host import COLAB, host, on_drive
@@ -51,12 +51,15 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
         where `tracking.log_texts` was set.
 
     Raises:
-        KitError: When there is no such folder or nothing in it.
+        KitError: When there is no such folder or nothing in it; when `to` does not end in .zip.
     """
     folder = Path(out)
     if not folder.is_dir():
         raise KitError(f"there is no folder {str(folder)!r} to zip")
     target = Path(to) if to is not None else folder.resolve().with_name(f"{folder.resolve().name}.zip")
+    if target.suffix.lower() != ".zip" or target.is_dir():
+        what = " is a folder" if target.is_dir() else " does not end in .zip"
+        raise KitError(f"{either('to', '--to')} is {str(target)!r}, which{what}: name the zip, as results.zip")
     files = [
         file
         for file in sorted(folder.rglob("*"))
@@ -88,7 +91,7 @@ def zip_results(out: str | Path, to: str | Path | None = None, *, texts: bool = 
             "What may quote your texts is left out of %s, in these files or with them: %s. %s includes it.",
             target,
             ", ".join(dict.fromkeys(file.name for file in sorted(private))),
-            "--texts or texts=True",
+            either("texts=True", "--texts"),
         )
     return target
 

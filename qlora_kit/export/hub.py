@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.experiment import Experiment
 from ..data.reading import is_hub_name
-from ..errors import KitError
+from ..errors import KitError, either
 from ..runs.predictor import Predictor
 from ..system.arguments import FLAG, RUN, TEXT, takes
 from ..system.files import write_json, write_text
@@ -106,7 +106,7 @@ def push(run: Predictor, repo: str, *, private: bool = True, token: str | None =
     if (_is_place(base) or Path(base).is_dir()) and not merged:
         raise KitError(
             f"the base is the folder {base!r} on this machine: nobody could load adapters to it. Push the whole "
-            "model with merged=True"
+            f"model with {either('merged=True', '--merged')}"
         )
     if constants.HF_HUB_OFFLINE:
         raise KitError("HF_HUB_OFFLINE is set, so nothing is pushed; unset it and call again")
@@ -127,7 +127,9 @@ def push(run: Predictor, repo: str, *, private: bool = True, token: str | None =
 def _refuse_public(found: Any, private: bool) -> None:
     # A repository counts as public unless the hub says that it is private.
     if private and found.private is not True:
-        raise KitError(f"{found.id} is there already and is public: push to another, or say private=False")
+        raise KitError(
+            f"{found.id} is there already and is public: push to another, or say {either('private=False', '--public')}"
+        )
 
 
 @contextlib.contextmanager
@@ -139,7 +141,9 @@ def _told_by_the_hub(repo: str) -> Iterator[None]:
     try:
         yield
     except errors.LocalTokenNotFoundError as error:
-        raise KitError("the hub needs a login: call `hf auth login` once, or give a token") from error
+        raise KitError(
+            f"the hub needs a login: call `hf auth login` once, or {either('give a token', 'set HF_TOKEN')}"
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise KitError(f"the hub has no {repo} that this login may see") from error
     except errors.HfHubHTTPError as error:

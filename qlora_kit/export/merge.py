@@ -78,7 +78,7 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
     if dtype not in COMPUTE_DTYPES:
         raise unknown("dtype", dtype, list(COMPUTE_DTYPES))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise KitError(f"{target} is there already; nothing is overwritten: name a folder that is not")
+        raise KitError(f"{target} is there already; nothing is overwritten: name a folder that does not exist yet")
     tokenizer = load_tokenizer(run.experiment.model, run.path / "tokenizer")
     _rehearse(run, tokenizer.pad_token_id, COMPUTE_DTYPES[dtype])
     data = data_of(run)

@@ -19,6 +19,7 @@ from ..models.forward import evaluation_rows
 from ..models.inventory import Inventory, take
 from ..system.arguments import COUNT, DEVICE, EXPERIMENT, FLAG, WHOLE, takes
 from ..system.devices import COMPUTE_DTYPES
+from ..system.showing import counted
 from .allocator import Peak, replay
 from .devices import MIB, Device, find_device
 from .meta_device import _autocast_flag, _batch, _inside, _precision, _skeleton
@@ -130,7 +131,8 @@ class Plan:
         lines.append(f"  the base: {self.inventory}")
         lines.append(f"  most is allocated in the {self.phase} pass" if self.phase != "optimizer" else
                      "  most is allocated in the optimizer's step")  # fmt: skip
-        lines.append(f"  an evaluation of {self.evaluation_rows} rows takes {self.evaluation / MIB:,.1f} MiB")
+        rows_at_once = counted(self.evaluation_rows, "row")
+        lines.append(f"  an evaluation of {rows_at_once} takes {self.evaluation / MIB:,.1f} MiB")
         if self.device.bytes:
             reserved = max(self.reserved, self.evaluation)
             lines.append(

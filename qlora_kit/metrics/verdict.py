@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import schemas
 from ..errors import KitError
 from ..system.arguments import COUNT, takes
-from ..system.showing import lines_as_html, one_line, table_as_html
+from ..system.showing import counted, lines_as_html, one_line, table_as_html
 from .differences import lead_in_words, with_interval
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def untested(training: Mapping[str, Any]) -> str:
     """
     score = f"macro F1 {_with_interval(training['metrics']['validation']['f1_macro'])}"
     rows = training["rows"]["validation"]
-    score += f" on {rows:,} validation rows"
+    score += f" on {counted(rows, 'validation row')}"
     if training["random_weights"]:
         return f"The base has random weights, so the scores mean nothing: {score}."
     few = unsure(training["metrics"]["validation"]["f1_macro"], rows, "validation")
@@ -109,8 +109,8 @@ def unsure(score: Mapping[str, float], rows: int | None = None, split: str = "te
     # of three).
     if max(score["high"] - score["low"], 3 / rows if rows else 0) < WIDE:
         return ""
-    many = f"only {rows:,}" if rows else "few"
-    return f"unsure, as there {'is' if rows == 1 else 'are'} {many} {split} row{'' if rows == 1 else 's'}"
+    many = f"only {counted(rows, f'{split} row')}" if rows else f"few {split} rows"
+    return f"unsure, as there {'is' if rows == 1 else 'are'} {many}"
 
 
 def untested_labels(per_label: Sequence[Mapping[str, Any]]) -> str:
@@ -245,7 +245,7 @@ class Report(dict[str, Any]):
 
     def _title(self) -> str:
         name = one_line(str(self.get("preset", "a run")))
-        return f"Test of {name}: {_test_rows(self):,} rows, {len(self['per_label']):,} labels"
+        return f"Test of {name}: {counted(_test_rows(self), 'row')}, {counted(len(self['per_label']), 'label')}"
 
     def __repr__(self) -> str:
         try:
@@ -264,6 +264,6 @@ class Report(dict[str, Any]):
                 for name, row in self._rows().items()
             ]
             table = table_as_html(["on the test rows", *_SHOWN.values()], rows)
-            return lines_as_html([self._title()]) + table + lines_as_html([self.verdict])
+            return lines_as_html([self._title()]) + table + lines_as_html([self.verdict], titled=False)
         except (KitError, KeyError, TypeError, AttributeError, ValueError):
             return None  # Jupyter then shows the text

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..system.showing import counted
 from .names import figure_row, text_of, unit_of, words
 from .screen import duration
 from .summary import notebook_lines
@@ -87,7 +88,7 @@ def section(out: Path, name: str, entry: Mapping[str, Any], record: Mapping[str,
         if record.get(key):
             more += f"<details><summary>{said}</summary><pre>{_json(record[key])}</pre></details>"
     if more:
-        count = f", {len(figures)} figure{'s' if len(figures) > 1 else ''}" if figures else ""
+        count = f", {counted(len(figures), 'figure')}" if figures else ""
         parts.append(f'<details class="more"><summary>more: all numbers{count}</summary>{more}</details>')
     return f"<section>{''.join(parts)}</section>"
 
@@ -190,7 +191,8 @@ def _value(key: str, value: Any) -> str:
         return f"<h3>{escaped(words(key))}</h3>{inner}" if flat or numbers else inner
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         if len(value) > _OPEN_ROWS:
-            return f"<details><summary>{escaped(words(key))}: {len(value)} rows</summary>{_table(value)}</details>"
+            title = f"{escaped(words(key))}: {counted(len(value), 'row')}"
+            return f"<details><summary>{title}</summary>{_table(value)}</details>"
         return f"<h3>{escaped(words(key))}</h3>{_table(value)}"
     if value in (None, {}, [], ""):
         return ""

@@ -19,6 +19,7 @@ from ..models.sources import find_base
 from ..system.arguments import FLAG, NUMBER, PRESET, TEXT, WHOLE, a_path, takes
 from ..system.files import saving
 from ..system.host import COLAB, host
+from ..system.showing import counted
 from .opening import choose_experiment
 
 SAMPLE_LABELS, SAMPLE_ROWS = 12, 40
@@ -45,13 +46,13 @@ def own_file(file: str, *, out: str | Path = "runs/latest", upload: bool = False
     if file and upload:
         raise KitError(f"own_file is {file!r} and upload is True: name a file or upload one")
     if file:
-        return Path(file), f"{file}, as asked for"
+        return Path(file), f"The file {file}, as asked for"
     if upload:
         if host() is not COLAB:
             raise KitError("upload = True is for Colab: here, give the file's path as own_file")
         names = list(importlib.import_module("google.colab.files").upload())
         if names:
-            return Path(names[0]), f"{names[0]}, uploaded"
+            return Path(names[0]), f"The file {names[0]}, uploaded"
     path = write_sample(Path(out) / "00_your_data" / "sample.csv")
     why = "Nothing was uploaded" if upload else "No file was named"
     return path, (
@@ -181,7 +182,8 @@ def troubles(report: Mapping[str, Any], most: int = 3) -> str:
         lines.append(f"{len(few)} {are} fewer than 8 rows, too few to learn or to test: {shown}")
     long = (report.get("tokens") or {}).get("train", {}).get("over_max_length", 0)
     if long:
-        lines.append(f"{long:,} training texts are longer than {report['max_length']} tokens and are cut there")
+        are = "is" if long == 1 else "are"
+        lines.append(f"{counted(long, 'training text')} {are} longer than {report['max_length']} tokens and cut there")
     return "\n".join(lines) or (
         "No test text stands in the training rows, no text has two labels, and no label has too few rows."
     )

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 from .. import schemas
 from ..config.preset import preset as load_preset
 from ..config.preset import resolve_preset
-from ..errors import KitError, NotebookFailed, Terminated
+from ..errors import KitError, NotebookFailed, NotebookRefused, Terminated
 from ..system.arguments import PARAMS, PRESET, TEXTS, a_path, takes
 from ..system.files import locked, move_aside, plain, refuse_ways_out, saving, write_json
 from ..system.parsing import SCHEMA
@@ -109,7 +109,8 @@ def run_notebooks(
 
     Raises:
         KitError: For bad input, before anything has run; or when another run is writing into `out`.
-        NotebookFailed: When a notebook stops. What it did is kept; the same call again continues with it.
+        NotebookFailed: When a notebook stops. What it did is kept; the same call again continues with it. For bad
+            input, such as a wrong file, it is `NotebookRefused`, which is a KitError of one line, too.
         KeyboardInterrupt: On SIGINT, after what was done is saved. SIGTERM and SIGHUP raise
             `qlora_kit.errors.Terminated` in the same way, if nobody else handles them.
     """
@@ -246,7 +247,7 @@ def _run_all(out: Path, plan: _Plan, state: dict[str, Any], screen: Screen) -> P
         except BaseException as error:
             entry["state"] = "stopped" if isinstance(error, (KeyboardInterrupt, Terminated)) else "failed"
             entry["error"] = _last_line(str(error)) or type(error).__name__
-            if isinstance(error, NotebookFailed):
+            if isinstance(error, NotebookFailed) and not isinstance(error, NotebookRefused):
                 raise NotebookFailed(f"{_where_it_stopped(out, name, start)}\n\n{error}") from error
             raise
         finally:

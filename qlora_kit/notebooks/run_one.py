@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import NotebookFailed, Terminated
+from ..errors import KitError, NotebookFailed, NotebookRefused, Terminated
 from .finding import PACKAGE, source_of
 from .screen import Screen, duration
 
@@ -33,7 +33,8 @@ def run_notebook(source: Path, target: Path, parameters: Mapping[str, Any], scre
         start: When it was started, by `time.monotonic`.
 
     Raises:
-        NotebookFailed: When a cell fails, or the kernel was killed from outside.
+        NotebookFailed: When a cell fails, or the kernel was killed from outside; `NotebookRefused` for a cell's
+            `KitError`.
         KeyboardInterrupt: On SIGINT; on SIGTERM and SIGHUP it is `Terminated`.
     """
     import nbformat
@@ -83,6 +84,9 @@ def run_notebook(source: Path, target: Path, parameters: Mapping[str, Any], scre
         except Exception as error:
             stop.raise_if_told()
             if isinstance(error, PapermillExecutionError):
+                if error.ename == KitError.__name__:
+                    said = " ".join(str(error.evalue).split())
+                    raise NotebookRefused(f"{source.stem}, {begun.title}: {said}") from error
                 raise NotebookFailed(_failure(error, begun.title)) from error
             if isinstance(error, DeadKernelError):
                 raise NotebookFailed(

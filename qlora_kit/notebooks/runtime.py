@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..errors import KitError
+from ..errors import KitError, show_warnings_plainly
 from ..system.host import COLAB as COLAB
 from ..system.host import DRIVE as DRIVE
 from ..system.host import KAGGLE as KAGGLE
@@ -39,6 +40,7 @@ def ready() -> None:
     import torch
 
     warnings.filterwarnings("ignore", message="IProgress not found")  # progress bars are plain text then
+    show_warnings_plainly()
     print("qlora_kit", VERSION)
     if host() is COLAB and _take_wandb_key():
         print("W&B: logged in with WANDB_API_KEY from Colab's secrets, so runs are logged online.")

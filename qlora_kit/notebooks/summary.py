@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.names import presets
 from ..metrics.differences import with_interval
 from ..metrics.verdict import BASELINE_NAMES, unsure
+from ..system.showing import counted, one_line
 from .names import size, text_of
 from .screen import duration
 
 NO_MEANING = (
     "A smoke run: it shows that everything works, on a few hundred rows and a short training. Its scores mean nothing."
+)
+SHORT = (
+    "A smoke run on your data: the preset {preset} is for seeing that everything works. It reads a few hundred rows "
+    "and trains briefly, so these scores say little about what your data allows. For that, choose {instead}."
 )
 RANDOM = "The base has random weights: memory and time mean something, the scores do not."
 # What claims says of a claim, in the order in which they are counted.
@@ -28,13 +34,19 @@ _VERDICTS = {
 
 
 def warning(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return why the scores of a run of notebooks mean nothing; empty if they mean something.
+    """Return why the scores of a run of notebooks mean nothing, or little; empty if they mean something.
 
     Args:
         state: What `run.json` holds.
         records: The notebooks' records by name.
     """
     if str(state["preset"]).endswith("_smoke"):
+        own = _get(records.get("00_your_data"), "experiment", "data", "name")
+        others = [name for name in records if name != "00_your_data" and records[name]]
+        if isinstance(own, str) and own != "banking77" and not others:
+            preset = str(state["preset"])
+            longer = f"{preset.removesuffix('_smoke')}_qlora"
+            return SHORT.format(preset=preset, instead=longer if longer in presets() else "one that trains longer")
         return NO_MEANING
     return RANDOM if any(_get(record, "experiment", "model", "random_weights") for record in records.values()) else ""
 
@@ -48,14 +60,17 @@ def five_lines(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]
 
     Returns:
         `score`, `memory`, `claims`, `time`, and `use it` (code; the others are sentences). A line whose notebook has
-        not run says so.
+        not run says so. The user's own data (notebook 00) is told of where notebooks 02 and 03 have not run.
     """
+    tested, trained = (_first(records, name, "00_your_data") for name in ("03_evaluate", "02_finetune"))
     return {
-        "score": _score(records.get("03_evaluate", {})) or "not measured: notebook 03 has not run",
-        "memory": _memory(records.get("04_memory", {})) or "not measured: notebook 04 has not run",
-        "claims": counted(records.get("05_claims", {})) or "not judged: notebook 05 has not run",
-        "time": _time(state, records),
-        "use it": _code(records) or "nothing was fine-tuned: notebook 02 has not run",
+        "score": _score(tested) or "notebook 03 measures it, and has not run here",
+        "memory": _memory(records.get("04_memory", {}))
+        or _peak(trained)
+        or "notebook 04 measures it, and has not run here",
+        "claims": count_claims(records.get("05_claims", {})) or "notebook 05 judges them, and has not run here",
+        "time": _time(state, trained, records),
+        "use it": _code(trained) or "notebook 02 fine-tunes, and has not run here",
     }
 
 
@@ -75,18 +90,18 @@ def notebook_lines(name: str, record: Mapping[str, Any]) -> list[str]:
     if name == "04_memory":
         return [line for line in (_memory(record), _race(record.get("times"))) if line]
     if name == "05_claims":
-        return [line for line in (counted(record),) if line]
+        return [line for line in (count_claims(record),) if line]
     return _search(record.get("search")) if name == "06_search" else []
 
 
-def counted(record: Mapping[str, Any]) -> str:
+def count_claims(record: Mapping[str, Any]) -> str:
     """Return how many of the claims hold, hold in part, and so on, as notebook 05's record has them."""
     claims = record.get("claims")
     if not isinstance(claims, list):
         return ""
     found = [row.get("verdict") for row in claims if isinstance(row, Mapping)]
     each = [f"{found.count(verdict)} {words}" for verdict, words in _VERDICTS.items() if verdict in found]
-    return f"of {len(found)} claims about QLoRA {', '.join(each)}" if each else ""
+    return f"of {counted(len(found), 'claim')} about QLoRA {', '.join(each)}" if each else ""
 
 
 def _get(record: Any, *keys: str) -> Any:
@@ -118,10 +133,22 @@ def _score(record: Mapping[str, Any]) -> str:
         for key, words in BASELINE_NAMES.items()
         if (found := _with_interval(_get(record, "metrics", "baselines", key, "f1_macro")))
     ]
-    line = f"macro F1 {ours} on the test rows; beside it {', '.join(beside) or 'no baseline'}"
+    name = _get(record, "experiment", "data", "name")
+    of = "" if not isinstance(name, str) or name == "banking77" else f" of {one_line(Path(name).name)}"
+    line = f"macro F1 {ours} on the test rows{of}; beside it {', '.join(beside) or 'no baseline'}"
     ends = [_number(_get(record, "metrics", "test", "f1_macro", key)) for key in ("low", "high")]
     few = "" if None in ends else unsure({"low": ends[0] or 0.0, "high": ends[1] or 0.0})
     return f"{line}; {few}" if few else line
+
+
+def _peak(record: Mapping[str, Any]) -> str:
+    peak, how = _number(_get(record, "memory", "peak_bytes")), _get(record, "memory", "measure")
+    return f"training took {size(peak)} at most" + (f" ({how})" if isinstance(how, str) else "") if peak else ""
+
+
+def _first(records: Mapping[str, Mapping[str, Any]], *names: str) -> Mapping[str, Any]:
+    """Return the first of these records that holds anything."""
+    return next((records[name] for name in names if records.get(name)), {})
 
 
 def _memory(record: Mapping[str, Any]) -> str:
@@ -137,22 +164,22 @@ def _memory(record: Mapping[str, Any]) -> str:
     return ""
 
 
-def _time(state: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
+def _time(state: Mapping[str, Any], record: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
     seconds = [_number(entry.get("seconds")) for entry in state["notebooks"].values()]
-    whole = f"all notebooks took {duration(sum(each or 0 for each in seconds))}"
-    trained = _number(_get(records.get("02_finetune"), "timing", "train_seconds"))
+    ran = "the notebook" if len(seconds) == 1 else "all notebooks"
+    whole = f"{ran} took {duration(sum(each or 0 for each in seconds))}"
+    trained = _number(_get(record, "timing", "train_seconds"))
     devices = [_get(record, "environment", "device") for record in records.values()]
     device = next((f" on {each}" for each in devices if isinstance(each, str)), "")
     return f"training {text_of(trained, 'seconds')}{device}; {whole}" if trained is not None else f"{whole}{device}"
 
 
-def _code(records: Mapping[str, Mapping[str, Any]]) -> str:
-    for name in ("02_finetune", "00_your_data"):
-        run = _get(records.get(name), "run")
-        if isinstance(run, str):
-            folder = json.dumps(Path(run).as_posix(), ensure_ascii=False)
-            return f'import qlora_kit as qk\nqk.load_run({folder}).predict(["a text"]).labels'
-    return ""
+def _code(record: Mapping[str, Any]) -> str:
+    run = _get(record, "run")
+    if not isinstance(run, str):
+        return ""
+    folder = json.dumps(Path(run).as_posix(), ensure_ascii=False)
+    return f'import qlora_kit as qk\nqk.load_run({folder}).predict(["a text"]).labels'
 
 
 def _quantization(found: Mapping[str, Any]) -> list[str]:
@@ -206,4 +233,6 @@ def _search(search: Any) -> list[str]:
     parameters = best.get("parameters") or {}
     given = ", ".join(f"{name.rpartition('.')[2].replace('_', ' ')} {text_of(value)}" for name, value in
                       parameters.items())  # fmt: skip
-    return [f"best of {len(trials)} trials: macro F1 {best['f1_macro']:.4f} on the validation rows, with {given}"]
+    return [
+        f"best of {counted(len(trials), 'trial')}: macro F1 {best['f1_macro']:.4f} on the validation rows, with {given}"
+    ]

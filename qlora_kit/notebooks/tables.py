@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation import BASELINE_NAMES, METRICS, lead_in_words
+from ..system.showing import counted
 from .names import size, words
 from .screen import duration
 
@@ -453,7 +454,7 @@ def best_trial(search: Search) -> str:
     """
     best, first = search.best_trial, search.trials[0]
     rows = search.record["rows"]["validation"]
-    lines = [f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {rows} validation rows"]
+    lines = [f"best: trial {best['number']}, macro F1 {best['f1_macro']:.4f} on {counted(rows, 'validation row')}"]
     for name, value in best["parameters"].items():
         lines.append(f"  {name}: {value:g}" if isinstance(value, (int, float)) else f"  {name}: {value}")
     if first["f1_macro"] is not None:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..system.showing import counted
 from .labels import beside_points
 from .style import (
     BLACK,
@@ -70,7 +71,7 @@ def confusion_matrix(matrix: Sequence[Sequence[int]] | np.ndarray, names: Sequen
     axes.set_xlabel("predicted", fontsize=12 * scale)
     axes.set_ylabel("true", fontsize=12 * scale)
     figure.suptitle(
-        f"Confusions: {in_percent(1 - right)} of {int(counts.sum()):,} rows are wrong",
+        f"Confusions: {in_percent(1 - right)} of {counted(int(counts.sum()), 'row')} are wrong",
         fontsize=13 * scale, fontweight="bold", ha="left", x=0.01,
     )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, aspect=40, pad=0.02)

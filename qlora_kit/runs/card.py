@@ -14,6 +14,7 @@ from ..metrics.differences import with_interval
 from ..metrics.verdict import unsure, untested_labels, weakest
 from ..models import inventory
 from ..models.embedded import EMBEDDED
+from ..system.showing import counted
 
 # The most labels that a card lists; a longer list helps nobody.
 MOST_LABELS = 100
@@ -43,7 +44,7 @@ Labels: {labels}
 
 ## Method
 
-{method_sentence} {steps} steps of {rows_a_step} rows, learning rate {rate:g}, seed {seed}, {precision}, {optimizer};
+{method_sentence} {steps} of {rows_a_step}, learning rate {rate:g}, seed {seed}, {precision}, {optimizer};
 {trainable:,} of {parameters:,} parameters trained.{made_on}
 {inventory}
 ## Metrics
@@ -121,8 +122,8 @@ def model_card(
         test=f"{rows['test']:,}",
         length=experiment.data.max_length,
         source=BANKING77 if banking77 else "",
-        steps=f"{training['steps']:,}",
-        rows_a_step=spec.batch_size * spec.gradient_accumulation,
+        steps=counted(training["steps"], "step"),
+        rows_a_step=counted(spec.batch_size * spec.gradient_accumulation, "row"),
         rate=spec.learning_rate,
         seed=spec.seed,
         precision=training["precision"],

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("experiment.yaml", "training.json", "adapter", "tokenizer")
+"""What every run folder holds, whatever else is in it."""
+
 
 class RunFolder:
     """The folder of a finished run.
@@ -39,12 +42,9 @@ class RunFolder:
     @takes(path=RUN_FOLDER)
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            siblings = [item.name for item in self.path.parent.iterdir()] if self.path.parent.is_dir() else []
-            guess = nearest(self.path.name, siblings)
-            hint = f" Did you mean {str(self.path.parent / guess)!r}?" if guess else ""
-            raise KitError(f"there is no run folder {str(self.path)!r}.{hint}")
-        for name in ("experiment.yaml", "training.json", "adapter", "tokenizer"):
+        if not (self.path / "experiment.yaml").exists() and not (self.path / "training.json").exists():
+            raise _no_run_folder(self.path)
+        for name in PARTS:
             if not (self.path / name).exists():
                 raise KitError(
                     f"{self.path} is no finished run: {name} is missing. Call finetune with the same experiment "
@@ -114,6 +114,35 @@ class RunFolder:
     def label_names(self) -> list[str]:
         """Names of the classes, in the order of their ids."""
         return [str(name) for name in self.training["labels"]]
+
+
+def _no_run_folder(path: Path) -> KitError:
+    """Return the error for a path that holds no run: what a run folder is, and the nearest one."""
+    if path.is_dir():
+        wrong = f"{str(path)!r} is no run folder."
+    else:
+        wrong = f"{str(path)!r} is a file." if path.is_file() else f"there is no run folder {str(path)!r}."
+    known = {str(folder): folder for root in (path, path.parent, Path("runs")) for folder in _runs_below(root)}
+    guess = nearest(str(path), known, cutoff=0.7)
+    if guess is not None:
+        hint = f" Did you mean {guess!r}?"
+    elif known:
+        hint = f" The newest one near it: {max(known, key=lambda name: _made(known[name]))!r}."
+    else:
+        hint = ""
+    return KitError(f"{wrong}{hint} A run folder is made by finetune and holds {', '.join(PARTS)}.")
+
+
+def _runs_below(root: Path) -> list[Path]:
+    """Return the finished runs in a folder of runs, or of notebooks' results; others are not looked for."""
+    places = ("*", "runs/*", "*/runs/*")
+    return [file.parent for place in places for file in root.glob(f"{place}/training.json")]
+
+
+def _made(folder: Path) -> float:
+    with contextlib.suppress(OSError):
+        return (folder / "training.json").stat().st_mtime
+    return 0.0
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from ..errors import KitError, described
 from ..system.arguments import COUNT, SHARE, TEXT, takes
-from ..system.showing import lines_as_html, one_line, table_as_html
+from ..system.showing import counted, lines_as_html, one_line, table_as_html
 from .folder import RunFolder
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ class Predictions:
             if self.reject_below is not None
             else ""
         )
-        return f"Predictions for {len(self):,} texts with {self.probabilities.shape[1]:,} labels{more}"
+        return (
+            f"Predictions for {counted(len(self), 'text')} with {counted(self.probabilities.shape[1], 'label')}{more}"
+        )
 
     def _rows(self, most: int) -> list[list[str]]:
         """Return the first rows as text, label and probability; without the text where it is not known."""
@@ -159,7 +161,8 @@ class Predictions:
         rows = self._rows(SHOWN_ROWS)
         columns = ["text", "label", "probability"][-len(rows[0]) :] if rows else []
         table = table_as_html(columns, rows) if rows else ""
-        return lines_as_html([self._title(), *self._left(SHOWN_ROWS)]) + table
+        left = self._left(SHOWN_ROWS)
+        return lines_as_html([self._title()]) + table + (lines_as_html(left, titled=False) if left else "")
 
 
 class Predictor(RunFolder):

@@ -29,6 +29,7 @@ from ..system.devices import default_device
 from ..system.environment import environment
 from ..system.files import has_file_locks, locked, move_aside, plain, write_json, write_text
 from ..system.parsing import SCHEMA, read_json
+from ..system.showing import counted
 from ..training.finetune import with_data
 from ..training.prepare import prepare_model
 from .space import SEARCHABLE, default_space
@@ -63,7 +64,7 @@ class Search:
         self.experiment = Experiment.from_dict(self.record["experiment"], where=str(self.path / "search.json"))
 
     def __repr__(self) -> str:
-        return f"Search({str(self.path)!r}, {len(self.trials)} trials)"
+        return f"Search({str(self.path)!r}, {counted(len(self.trials), 'trial')})"
 
     @property
     def trials(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .showing import counted
 from .versions import VERSION
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    return f"{name}, {cores} core{'s' if cores > 1 else ''}"
+    return f"{name}, {counted(cores, 'core')}"
 
 
 def is_gpu(device: str) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.experiment import Experiment
-from ..config.sections import TrackingSpec
+from ..config.sections import TRACKERS, TrackingSpec
 from ..errors import KitError
 from .guarding import in_words, quiet_log_files
 
@@ -65,7 +65,7 @@ def refuse_absent(spec: TrackingSpec) -> None:
             why = "is not installed" if missing else f"cannot be imported ({in_words(error)})"
             raise KitError(
                 f"tracking.to is {name}, and its package {why}: pip install 'qlora_kit[{name}]', or let tracking.to be "
-                "wandb or none"
+                f"{', '.join(other for other in TRACKERS if other != name)} or none"
             ) from error
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from .. import schemas, tracking
 from ..config.experiment import Experiment
-from ..config.names import safe_name
+from ..config.names import named_after, safe_name
 from ..data.batches import TokenizedDataset, collator, edges_of
 from ..data.loading import load, settled
 from ..data.rows import TextData
@@ -138,7 +138,7 @@ def finetune(
 
 
 def with_data(experiment: Experiment, data: TextData) -> Experiment:
-    """Return the experiment on other data; in a preset's name, `banking77` becomes the data's name.
+    """Return the experiment on other data; in a preset's name, `banking77` becomes the data's name (`named_after`).
 
     Args:
         experiment: The experiment. The settings of its data section still hold (see `data.settled`).
@@ -148,10 +148,8 @@ def with_data(experiment: Experiment, data: TextData) -> Experiment:
         KitError: When the section and the data disagree.
     """
     name = experiment.name
-    if data.spec.name != "banking77" and experiment.data.name == "banking77":
-        kept = (c if c.isascii() and (c.isalnum() or c in "-.") else "-" for c in Path(data.spec.name).stem[:60])
-        stem = "".join(kept).strip("-.") or "data"
-        name = name.replace("_banking77_", f"_{stem}_")
+    if experiment.data.name == "banking77":
+        name = named_after(name, data.spec.name)
     return experiment.override({"name": name, "data": plain(settled(experiment.data, data))})
 
 

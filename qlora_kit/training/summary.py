@@ -21,6 +21,7 @@ from ..models.adapters import trainable_parameters
 from ..models.forward import evaluation_rows
 from ..system.devices import peak_memory
 from ..system.parsing import SCHEMA
+from ..system.showing import counted
 from . import checkpoints
 from .trainer import KitTrainer
 
@@ -78,7 +79,8 @@ def _plan_says(experiment: Experiment, device: Device | None = None) -> str:
     words = f"The plan says {planned[spec.gradient_checkpointing] / 2**20:,.0f} MiB of {device.bytes / 2**20:,.0f}"
     if fitting[spec.gradient_checkpointing] == spec.batch_size:
         if evaluation > device.bytes:
-            return f"{words} MiB, and {evaluation / 2**20:,.0f} MiB for an evaluation of {rows} rows at a time. "
+            at_once = counted(rows, "row")
+            return f"{words} MiB, and {evaluation / 2**20:,.0f} MiB for an evaluation of {at_once} at a time. "
         return f"{words} MiB, which fits: look whether something else is on the GPU (nvidia-smi). "
     would = [
         f"batch {batch}{' with' if recompute else ' without'} checkpointing"

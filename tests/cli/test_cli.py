@@ -123,7 +123,7 @@ def test_bad_input_ends_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path
     own = (*smoke, "--data", "a.csv", "--set")
     assert "data.name is given twice, as 'b.csv' and as 'a.csv'" in refused(capsys, *own, "data.name=b.csv")
     assert "training.epochs is given twice" in refused(capsys, *own, "training.epochs=1", "--set", "training.epochs=2")
-    assert "leave data.text out" in refused(capsys, *smoke, "--text", "question")
+    assert "leave --text out" in refused(capsys, *smoke, "--text", "question")
     assert "cannot be the name of" in refused(capsys, *smoke, "--name", "../../elsewhere")
     assert "no run folder" in refused(capsys, "evaluate", tmp_path / "nothing")
     assert "no run folder" in refused(capsys, "predict", tmp_path / "nothing", "a text")
@@ -223,7 +223,7 @@ def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsy
     assert cli.main([*train, *more]) == 0
     assert capsys.readouterr().out == "runs/moods\n"
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("I love this day\n\nawful, I am fed up\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("I love this day\nawful, I am fed up\n\n \n"))
     assert cli.main(["predict", "runs/moods", "--json"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["text"], row["label"]) for row in said] == [
@@ -236,6 +236,9 @@ def test_own_rows_from_training_to_prediction(tmp_path: Path, monkeypatch, capsy
     monkeypatch.setattr("sys.stdin", io.StringIO("I love this\n"))
     assert cli.main(["predict", "runs/moods", "-", "--top", "1"]) == 0
     assert capsys.readouterr().out.startswith("I love this\n    happy ")
+    monkeypatch.setattr("sys.stdin", io.StringIO("I love this\n\nI am fed up\n"))
+    assert "line 2 of standard input is blank" in refused(capsys, "predict", "runs/moods")
+    assert "give - alone, or texts alone" in refused(capsys, "predict", "runs/moods", "I love this", "-")
     assert cli.main(["predict", "runs/moods", "moods.csv"]) == 2
     assert "'moods.csv' is a file, not a text: write predict RUN < moods.csv" in capsys.readouterr().err
 

@@ -186,6 +186,12 @@ def test_a_terminal_merges_and_zips(runs, tmp_path: Path, capsys: pytest.Capture
     }
     assert kept["texts.zip"] == whole != kept["run.zip"]
     assert "there is no folder" in refused(capsys, "zip", tmp_path / "nothing")
+    (tmp_path / "a.zip").mkdir()
+    for name, wrong in (("a.txt", "does not end in .zip"), ("a.zip", "is a folder")):
+        assert f"--to is {str(tmp_path / name)!r}, which {wrong}" in refused(
+            capsys, "zip", runs[0], "--to", tmp_path / name
+        )
+    assert not (tmp_path / "a.txt").exists()
 
 
 def test_a_push_without_a_network_is_refused_in_one_line(runs, capsys: pytest.CaptureFixture[str]):

@@ -189,8 +189,22 @@ def test_the_guides_run_one_after_the_other(tmp_path: Path):
         try:
             assert asked(port, ["My card has not arrived", "I want to top up"], patience=120) == (200, 2)
             assert asked(port, "a text alone")[0] == 400
+            assert answered(port, "") == (411, "say how long the texts are, in the header Content-Length")
+            assert answered(port, "Content-Length: many\r\n")[0] == 400
+            assert answered(port, "Content-Length: -5\r\n")[0] == 411
         finally:
             server.terminate()
+
+
+def answered(port: int, header: str) -> tuple[int, str]:
+    """Return the status and the words that a POST with this header, or none, and without texts is answered with."""
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(f"POST / HTTP/1.0\r\n{header}\r\n".encode())
+        said = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    head, _, body = said.partition("\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
 
 
 def asked(port: int, texts: Any, patience: float = 10) -> tuple[int, int]:

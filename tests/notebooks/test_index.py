@@ -16,7 +16,7 @@ import qlora_kit as qk
 from qlora_kit.notebooks.html import section
 from qlora_kit.notebooks.names import size, text_of, unit_of
 from qlora_kit.notebooks.page import write_index
-from qlora_kit.notebooks.summary import counted, five_lines, notebook_lines, warning
+from qlora_kit.notebooks.summary import count_claims, five_lines, notebook_lines, warning
 
 # The ratio of the text's luminance to what lies behind it, by WCAG 2.2, of every text that is seen.
 CONTRASTS = """
@@ -209,8 +209,8 @@ def test_a_line_whose_notebook_has_not_run_says_so(tmp_path: Path):
     state = {"preset": "p", "notebooks": {"01_quantization": {"seconds": 3}}}
     lines = five_lines(state, {"01_quantization": {}})
     for name, number in (("score", "03"), ("memory", "04"), ("claims", "05"), ("use it", "02")):
-        assert lines[name].endswith(f"notebook {number} has not run"), name
-    assert lines["time"] == "all notebooks took 3 s"
+        assert re.fullmatch(rf"notebook {number} [a-z -]+, and has not run here", lines[name]), name
+    assert lines["time"] == "the notebook took 3 s"
     planned = [{**row, "measured": None} for row in RECORDS["04_memory"]["rows"]]
     assert "25% less (planned;" in five_lines(state, {"04_memory": {"rows": planned}})["memory"]
 
@@ -229,6 +229,26 @@ def test_a_run_whose_scores_mean_nothing_says_so():
     assert warning({"preset": "mine"}, {"02_finetune": {"experiment": {"model": {"random_weights": False}}}}) == ""
 
 
+def test_notebook_00_alone_fills_the_lines_from_the_users_own_data():
+    own = RECORDS["02_finetune"] | RECORDS["03_evaluate"]
+    own = {**own, "experiment": {"data": {"name": "/home/me/tickets.csv"}}, "run": "runs/latest/runs/tickets"}
+    state = {"preset": "minilm_banking77_smoke", "notebooks": {"00_your_data": {"seconds": 126}}}
+    lines = five_lines(state, {"00_your_data": own})
+    assert lines["score"].startswith("macro F1 0.92") and "on the test rows of tickets.csv; beside it" in lines["score"]
+    assert lines["memory"] == "training took 362.0 MiB at most (torch's allocator)"
+    assert lines["time"] == "training 7:40; the notebook took 2:06"
+    assert 'load_run("runs/latest/runs/tickets")' in lines["use it"]
+    said = warning(state, {"00_your_data": own})
+    assert "on your data" in said and "minilm_banking77_smoke" in said and "choose minilm_banking77_qlora" in said
+    assert "minilm_banking77_qlora" in qk.presets()
+    # Beside it Banking77 on the smoke preset: those scores mean nothing.
+    both = {"00_your_data": own, **RECORDS}
+    assert (
+        "mean nothing" in warning(state, both)
+        and five_lines(state, both)["score"] == (five_lines(state, RECORDS)["score"])
+    )
+
+
 @pytest.mark.parametrize("name", [*RECORDS, "00_your_data"])
 @pytest.mark.parametrize("odd", [None, [], "text", 1, {"a": None}, [1, None]])
 def test_a_record_of_any_shape_leaves_the_page_whole(name: str, odd: Any, tmp_path: Path):
@@ -237,7 +257,7 @@ def test_a_record_of_any_shape_leaves_the_page_whole(name: str, odd: Any, tmp_pa
         assert isinstance(notebook_lines(name, record), list)
         assert five_lines({"preset": "p", "notebooks": {}}, {name: record})
         assert section(tmp_path, name, {"state": "finished"}, record).startswith("<section>")
-    assert counted({"claims": odd}) == ""
+    assert count_claims({"claims": odd}) == ""
 
 
 def test_numbers_have_their_units():

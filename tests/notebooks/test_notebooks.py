@@ -220,6 +220,35 @@ def test_a_run_that_failed_goes_on_and_a_finished_one_is_moved_aside(books: Path
     assert len(list(tmp_path.glob("out-*"))) == 2
 
 
+def test_bad_input_in_a_cell_is_one_line_and_the_notebook_keeps_the_traceback(
+    tmp_path: Path,
+):
+    wrong = "# Your file\nfrom qlora_kit.errors import KitError\nraise KitError('rows.csv has\\nno rows')"
+    notebook(tmp_path / "books", "01_own", "", "seen = []", wrong)
+    out = tmp_path / "out"
+    with pytest.raises(notebooks.NotebookFailed) as caught:
+        run(tmp_path / "books", out)
+    assert isinstance(caught.value, KitError)
+    assert str(caught.value) == "01_own, cell 3/4: rows.csv has no rows"
+    kept = nbformat.read(out / "01_own.ipynb", as_version=4)
+    (error,) = [output for cell in kept.cells for output in cell.get("outputs", ()) if "traceback" in output]
+    assert error["ename"] == "KitError" and len(error["traceback"]) > 1
+    entry = json.loads((out / "run.json").read_text())["notebooks"]["01_own"]
+    assert (entry["state"], entry["error"]) == ("failed", str(caught.value))
+
+
+@pytest.mark.long
+def test_a_wrong_file_of_ones_own_is_one_line_in_the_terminal(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    command = [sys.executable, "-m", "qlora_kit", "run-notebooks", "--preset", PRESET, "--out", "out"]
+    command += ["--notebooks", "00", "--params", "own_file=rows.csv"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert re.fullmatch(r"qlora_kit: 00_your_data, cell \d+/\d+: rows\.csv has no rows\n", done.stderr)
+    assert "Traceback" in (tmp_path / "out" / "00_your_data.ipynb").read_text()
+
+
 def test_changed_code_and_foreign_folders_are_moved_aside(books: Path, tmp_path: Path):
     out = tmp_path / "out"
     with pytest.raises(notebooks.NotebookFailed):

@@ -88,7 +88,7 @@ def test_predictions_without_names_and_texts_make_a_frame_too():
     bare = Predictions(whole.labels, whole.label_ids, whole.probabilities, whole.logits)
     assert bare.to_frame(top=2)["label_2"].tolist() == ["1", "2", "0", "1"]
     assert "text" not in bare.to_frame() and "late, 84.4%" in repr(bare)
-    assert "<th>text</th>" not in bare._repr_html_()
+    assert ">text</th>" not in bare._repr_html_()
 
 
 def test_predictions_show_themselves_in_five_lines_that_cannot_act():

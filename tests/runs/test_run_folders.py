@@ -163,7 +163,7 @@ def test_a_run_that_refuses_long_texts_refuses_them_in_predictions_as_well(folde
     run = qk.load_run(folder)
     run.experiment = run.experiment.override({"data": {"too_long": "refuse", "max_length": 8}})
     assert len(run.predict(["where is my card"])) == 1
-    with pytest.raises(KitError, match="too_long='cut'"):
+    with pytest.raises(KitError, match=r"set data\.too_long to cut"):
         run.predict(["where is my card", "card " * 9])
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import qlora_kit as qk
 from qlora_kit import tracking
-from qlora_kit.config.sections import TrackingSpec
+from qlora_kit.config.sections import TRACKERS, TrackingSpec
 
 HERE = {name: importlib.util.find_spec(name) is not None for name in ("tensorboard", "mlflow", "trackio")}
 
@@ -23,10 +23,9 @@ HERE = {name: importlib.util.find_spec(name) is not None for name in ("tensorboa
     [
         ("tensorboard", "tensorboard", ("tensorboard",)),
         (["tensorboard"], "tensorboard", ("tensorboard",)),
-        (["wandb", "mlflow", "wandb"], ("wandb", "mlflow"), ("wandb", "mlflow")),
+        (["wandb", "mlflow"], ("wandb", "mlflow"), ("wandb", "mlflow")),
         ("none", "none", ()),
         (["none"], "none", ()),
-        ([], "none", ()),
     ],
 )
 def test_trackers_are_named_by_one_name_or_several(given, kept, names):
@@ -42,12 +41,34 @@ def test_trackers_are_named_by_one_name_or_several(given, kept, names):
         ("tensorbord", "there is no tracking.to called 'tensorbord'. Did you mean 'tensorboard'?"),
         (["wandb", "comet_ml"], "there is no tracking.to called 'comet_ml'"),
         (["wandb", "none"], "tracking.to is ['wandb', 'none']: none goes with no other"),
+        (["wandb", "mlflow", "wandb"], "tracking.to is ['wandb', 'mlflow', 'wandb']: wandb stands in it twice"),
+        ([], "tracking.to is []: name one or more of wandb, tensorboard, mlflow, trackio, or none"),
         (3, "tracking.to is 3: allowed is a text or a list of names"),
     ],
 )
 def test_an_unknown_tracker_is_refused_with_the_nearest(given, words):
     with pytest.raises(qk.KitError, match="^" + re.escape(words)):
         TrackingSpec(to=given)
+
+
+def test_asking_for_w_and_b_counts_more_than_an_older_none():
+    smoke = qk.preset("minilm_banking77_smoke")
+    assert smoke.tracking.wandb == "none" and smoke.tracking.trackers == ()
+    for changes in ({"tracking.to": "wandb"}, {"tracking": {"to": ["wandb"]}}):
+        asked = smoke.override(changes).tracking
+        assert asked.wandb == "auto" and asked.trackers == ("wandb",)
+    assert smoke.override({"tracking.to": "tensorboard"}).tracking.wandb == "none"
+    assert smoke.override({"tracking.to": "wandb", "tracking.wandb": "offline"}).tracking.trackers == ("wandb",)
+    assert smoke.override({"tracking": TrackingSpec(wandb="none")}).tracking.trackers == ()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tracking.to": ["mlflow", "wandb"], "tracking.wandb": "none"}, {"tracking": {"to": "wandb", "wandb": "none"}}],
+)
+def test_w_and_b_asked_for_and_forbidden_at_once_is_refused(changes):
+    with pytest.raises(qk.KitError, match=r"^tracking\.to names wandb, and tracking\.wandb is none"):
+        qk.preset("minilm_banking77_qlora").override(changes)
 
 
 def test_w_and_b_stays_the_default_and_is_left_out_where_others_are_named(tiny_experiment):
@@ -60,7 +81,9 @@ def test_w_and_b_stays_the_default_and_is_left_out_where_others_are_named(tiny_e
 
 @pytest.mark.parametrize("name", [name for name, here in HERE.items() if not here])
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(name, topics, tiny_experiment, tmp_path):
+    others = ", ".join(other for other in TRACKERS if other != name)
     words = rf"^tracking.to is {name}, and its package is not installed: pip install 'qlora_kit\[{name}\]'"
+    words += f", or let tracking.to be {others} or none$"
     with pytest.raises(qk.KitError, match=words):
         qk.finetune(tiny_experiment("bert", tracking__to=["wandb", name]), data=topics, out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
