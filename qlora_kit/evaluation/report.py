@@ -24,10 +24,11 @@ from ..metrics.inputs import as_predictions
 from ..metrics.resampling import RESAMPLES
 from ..metrics.scores import confusion_matrix, metrics, per_label
 from ..metrics.verdict import Report
+from ..runs import card as cards
 from ..runs.predictor import Predictor
 from ..system.arguments import COUNT, DATA, FLAG, RUN_OR_FOLDER, takes
 from ..system.environment import environment as describe_environment
-from ..system.files import plain, write_json
+from ..system.files import plain, write_json, write_text
 from ..system.parsing import SCHEMA
 from .baselines import baselines_of
 
@@ -85,7 +86,9 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Test a finished run from its folder alone, and write its `evaluation.json`.
+    """Test a finished run from its folder alone, write its `evaluation.json`, and bring its card up to date.
+
+    The card, `README.md`, is left as it is where somebody has changed it: `Run.write_card` replaces it.
 
     If W&B tracked the training, the test is logged in the same W&B run (see `tracking.log_test`).
 
@@ -151,11 +154,25 @@ def evaluate(
             "environment": _environment(run, data),
         }
     )
-    write_json(run.path / "evaluation.json", result)
+    _write(run, result)
     tracking.log_test(run, data.test.labels, result)
     report = Report(result)
     logger.info("%s", report.verdict)
     return report
+
+
+def _write(run: Predictor, result: Mapping[str, Any]) -> None:
+    """Write `evaluation.json`, and the card with its scores unless somebody has changed the card."""
+    untouched = cards.is_as_written(run)
+    write_json(run.path / "evaluation.json", result)
+    if untouched:
+        write_text(run.path / "README.md", cards.of_run(run))
+    else:
+        logger.warning(
+            "%s was changed by hand or written by another version of the kit, so it is left as it is, without the "
+            "test's scores. Run.write_card() writes it again.",
+            run.path / "README.md",
+        )
 
 
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:
