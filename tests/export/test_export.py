@@ -290,6 +290,37 @@ def test_a_card_is_valid_and_gains_the_tests_figures(trained):
     )  # a folder on this disk is no base's name
 
 
+def test_a_test_brings_the_card_up_to_date_and_leaves_one_that_was_changed(trained, caplog):
+    run = trained("bert nf4", training__max_steps=2)
+    card = run.path / "README.md"
+    fresh = card.read_text()
+    assert fresh == cards.of_run(run) and cards.is_as_written(run)
+    qk.evaluate(run, baselines=False, progress=False, resamples=100)
+    tested = card.read_text()
+    assert tested == cards.of_run(run) != fresh
+    # Tested again: the card is that of the test before, and goes on to this one's.
+    qk.evaluate(run, baselines=False, progress=False, resamples=200)
+    again = card.read_text()
+    assert again == cards.of_run(run) != tested and not caplog.records
+    # By hand, the end of a line at the end included; nobody's words are lost, and a line says so.
+    for mine in (again + "My own words.\n", again.replace("\n", "\r\n")):
+        card.write_bytes(mine.encode())
+        qk.evaluate(run, baselines=False, progress=False, resamples=100)
+        assert card.read_bytes() == mine.encode()
+        assert "README.md was changed by hand" in caplog.text and "Run.write_card()" in caplog.text
+        caplog.clear()
+    run.write_card()
+    assert card.read_text() == cards.of_run(run)
+    card.unlink()
+    qk.evaluate(run.path, baselines=False, progress=False, resamples=100)
+    assert card.read_text() == cards.of_run(run)
+    # A damaged report does not stop a new one; what the card was cannot be known then.
+    (run.path / "evaluation.json").write_text("{")
+    qk.evaluate(run, baselines=False, progress=False, resamples=100)
+    assert "is left as it is" in caplog.text
+    assert qk.load_run(run.path).evaluation is not None
+
+
 def test_the_embedded_base_and_its_licence_stand_in_the_card():
     experiment = qk.preset("minilm_banking77_qlora")
     score = {"value": 0.5, "low": 0.25, "high": 0.75}
