@@ -88,9 +88,8 @@ def evaluate(
 ) -> Report:
     """Test a finished run from its folder alone, write its `evaluation.json`, and bring its card up to date.
 
-    The card, `README.md`, is left as it is where somebody has changed it: `Run.write_card` replaces it.
-
-    If W&B tracked the training, the test is logged in the same W&B run (see `tracking.log_test`).
+    A card, `README.md`, that somebody has changed is left as it is: `Run.write_card` replaces it. If W&B tracked the
+    training, the test is logged in the same W&B run (see `tracking.log_test`).
 
     Args:
         run: A run or its folder.
@@ -98,8 +97,7 @@ def evaluate(
             run on the same data and base is used as it is.
         data: The data, if it is already loaded; it must be the rows that the run was trained on.
         resamples: Number of resamples for the intervals.
-        batch_size: Texts per forward pass; None for as many as in evaluations during training on this device
-            (`qlora_kit.training.evaluation_rows`).
+        batch_size: Texts per forward pass; None for as many as `Run.evaluation_rows` says.
         progress: Show progress bars.
 
     Returns:
