@@ -319,31 +319,32 @@ def _merged_section(merged: Mapping[str, Any] | None) -> str:
     was = (
         "the base as it was trained on, and adapters beside it" if merged["adapters"] else "the model as it was trained"
     )
-    tables = "\n".join(
-        _before_and_after(name, rows, was, merged["dtype"])
-        for name in ("validation", "test")
-        if (rows := merged[name]) is not None
+    splits = {name: merged[name] for name in ("validation", "test") if merged[name] is not None}
+    tables = "\n".join(_before_and_after(name, rows, was, merged["dtype"]) for name, rows in splits.items())
+    name, most = max(splits.items(), key=lambda split: float(split[1]["limit"]["share"]))
+    moved = "on these rows no limit makes a difference, on others one may"
+    if most["limit"]["share"]:
+        moved = (
+            f"at worst, with a limit of {most['limit']['at']:.3f}, {most['limit']['share']:.2%} of the {name} rows are "
+            "rejected by one of the two alone"
+        )
+    limit = (
+        "A probability below which labels are rejected, if it was chosen for the run, has to be chosen again for this\n"
+        f"model: {moved}."
     )
-    return f"\n## Before and after\n\n{why}{tables}"
+    return f"\n## Before and after\n\n{why}{tables}\n{limit}\n"
 
 
 def _before_and_after(name: str, rows: Mapping[str, Any], was: str, dtype: str) -> str:
-    gap, limit = rows["difference"], rows["limit"]
-    moved = "Whatever the limit, no row of these changes sides."
-    if limit["share"]:
-        moved = (
-            f"The limit that matters most is {limit['at']:.3f}: with it, one of the two alone rejects "
-            f"{limit['share']:.2%} of these rows."
-        )
+    gap = rows["difference"]
     return f"""| on the {rows["rows"]:,} {name} rows | macro F1 |
 |---|---|
 | {was} | {with_interval(rows["before"]["f1_macro"])} |
 | this model, in {dtype} | {with_interval(rows["after"]["f1_macro"])} |
 | after minus before, on the same rows | {gap["value"]:+.4f} ({gap["low"]:+.4f} to {gap["high"]:+.4f}) |
 
-Both give the same label to {rows["same_label"]:.2%} of the {name} rows. Their probabilities differ by up to
-{rows["largest_difference"]:.3f}, so a limit below which you reject labels has to be chosen again for this model.
-{moved}
+Both give the same label to {rows["same_label"]:.2%} of the {name} rows; their probabilities differ by up to
+{rows["largest_difference"]:.3f}.
 """
 
 

@@ -98,7 +98,10 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
         rows = report[name]
         shown = [rows["before"]["f1_macro"]["value"], rows["after"]["f1_macro"]["value"], rows["difference"]["value"]]
         assert f"on the {rows['rows']:,} {name} rows" in card and all(f"{abs(one):.4f}" in card for one in shown)
-        assert f"{rows['largest_difference']:.3f}, so a limit" in card
+        assert f"differ by up to\n{rows['largest_difference']:.3f}." in card
+    worst = max((report[name]["limit"] for name in ("validation", "test")), key=lambda limit: limit["share"])
+    told = f"a limit of {worst['at']:.3f}, {worst['share']:.2%} of" if worst["share"] else "no limit makes a difference"
+    assert "has to be chosen again" in card and told in card
     assert not [item.name for item in (tmp_path / "merged").iterdir() if item.suffix in (".bin", ".pt", ".pth")]
 
 
