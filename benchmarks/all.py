@@ -107,6 +107,7 @@ PIECES: Mapping[str, list[Piece]] = {
             for name, words in (("", ""), ("-one-shape", "--padding max_length"), ("-no-caches", "--caches off"))
         ),
         Piece("waiting", "waiting", "waiting.py", "--append", 900, stops=False),
+        Piece("merging", "merging", "merging.py", "--epochs 2 --append", 700, stops=False),
         Piece("mutation", "mutation", "mutation.py", "--sample 25 --seed 3", 7200, stops=False),
     ],
     "cuda": [
@@ -119,6 +120,7 @@ PIECES: Mapping[str, list[Piece]] = {
         Piece("t4", "t4", "t4.py", "--recipe-steps 60", 120, stops=False),
         Piece("int4_step", "int4_step", "int4_step.py", "--device cuda --append", 200),
         Piece("inference", "inference", "inference.py", "--append", 150, stops=False),
+        Piece("merging", "merging", "merging.py", "--append", 200, stops=False),
         *races()[2:],
         Piece("accuracy-smollm2", "accuracy", "accuracy.py",
               "--presets smollm2-135m_banking77_qlora smollm2-135m_banking77_lora smollm2-135m_banking77_full --tune "

@@ -68,6 +68,7 @@ RULES: dict[str, Callable[[Record], None]] = {
     "accuracy": rules_scores.accuracy,
     "tuning": rules_scores.tuning,
     "schemes": rules_scores.schemes,
+    "merging": rules_scores.merging,
     "speed": rules_cost.speed,
     "speed_variants": rules_cost.speed,
     "inference": rules_cost.inference,

@@ -42,6 +42,10 @@ ALIKE: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
         (("model", "contender"), ("bits_per_parameter", "whole_model_bits_per_parameter", "whole_model_bytes")),
         (("device", "command"), ("model", "jobs")),
     ),
+    "merging": (
+        (("way",), ("dtype",)),
+        (("device", "command"), ("preset", "model", "learning_rate", "steps", "precision")),
+    ),
     "speed": (
         (("contender", "model", "device"), ("padding", "optimizer")),
         (("method",), ("scheme", "double_quantization")),
@@ -107,7 +111,7 @@ def problems(path: Path, content: Row, where: Callable[[Row], str]) -> Iterator[
         yield f"the record: environment.device is {own!r}, and its rows are of {_list(devices)}"
     yield from _beside(content, rows)
     yield from (f"{place}: {problem}" for place, problem in _ends(content, ""))
-    if path.stem in ("accuracy", "tuning", "schemes"):
+    if path.stem in ("accuracy", "tuning", "schemes", "merging"):
         yield from _presets(content, where)
     if path.stem == "accuracy":
         yield from _chosen(path, rows, where)

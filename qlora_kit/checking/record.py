@@ -20,7 +20,7 @@ CLOSE_FP32 = 1e-5  # the same for figures computed in 32 bits
 MOST_LISTED = 3
 NAMES = ("preset", "name", "model", "contender", "method", "scheme", "batch", "length", "seed", "device")
 TIPS = ("HEAD", "main")  # a row's commit has to be an ancestor of one of these
-TRAINED = ("accuracy", "tuning", "schemes", "soak", "t4")
+TRAINED = ("accuracy", "tuning", "schemes", "soak", "t4", "merging")
 Row = Mapping[str, Any]
 
 

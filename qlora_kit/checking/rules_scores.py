@@ -253,3 +253,40 @@ def schemes(book: Record) -> None:
             means = [statistics.fmean(book.rows[place]["f1_macro"] for place in side) for side in places]
             book.same(where, "f1_macro.value", line["f1_macro"]["value"], means[0] - means[1], 1e-6)
             book.lacks(line, "intervals without the predictions behind them")
+
+
+def merging(book: Record) -> None:
+    """Compute scores, equal labels and the gains kept from the predictions."""
+    from ..metrics.gains import gains_kept
+
+    labels = _labels_of(book)
+    predictions = _scored(book, labels)
+    found: dict[str, dict[str, dict[int, Any]]] = {}
+    truths: dict[str, Any] = {}
+    for place, row in enumerate(book.rows):
+        if place in predictions:
+            found.setdefault(row["device"], {}).setdefault(row["way"], {})[row["seed"]] = predictions[place]
+            truths[row["device"]] = labels[row["labels"]]
+    for place, row in enumerate(book.rows):
+        trained = found.get(row["device"], {}).get("as_trained", {}).get(row["seed"])
+        if place in predictions and trained is not None:
+            book.same(book.where(row), "same_label", row["same_label"], float((predictions[place] == trained).mean()))
+    told = {(line["device"], line["way"]): line for line in book.content["gains"]}
+    for device, ways in found.items():
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in ways.values())))
+        if len(seeds) < 2 or not {"as_trained", "no_adapter"} <= set(ways):
+            continue
+        common = {way: {seed: by_seed[seed] for seed in seeds} for way, by_seed in ways.items()}
+        again = gains_kept(common, truths[device], whole="as_trained", nothing="no_adapter")
+        for way, share in again.items():
+            where, line = f"gain kept by {way} on {device}", told.pop((device, way), None)
+            if line is None:
+                book.say(f"{where} is missing")
+                continue
+            book.same(where, "seeds", line["seeds"], seeds)
+            if share is None or line["f1_macro"] is None:
+                book.same(where, "f1_macro", line["f1_macro"], share)
+            else:
+                book.metric(where, "f1_macro", line["f1_macro"], share, CLOSE_FP32)
+    for device, way in told:
+        book.say(f"gain kept by {way} on {device}: the record has no rows of two seeds for it")

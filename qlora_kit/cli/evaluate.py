@@ -18,8 +18,8 @@ examples:
   qlora-kit evaluate runs/tickets --no-baselines             quicker: the baselines are trained for it
 
 Prints each metric with its 95% interval, and writes evaluation.json into the run folder, which has more: every
-label's, the confusions, the calibration. A row is printed for each baseline. The last line is the verdict: whether
-the run is ahead of them.
+label's, the confusions, the calibration. The run's card, README.md, gets the scores unless you have
+changed it. A row is printed for each baseline. The last line is the verdict: whether the run is ahead of them.
 """
 
 

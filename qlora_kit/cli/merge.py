@@ -14,8 +14,9 @@ examples:
   qlora-kit merge runs/tickets merged/tickets
   qlora-kit merge runs/tickets merged/tickets --dtype bf16    half the size
 
-The base is read in full precision, and the validation rows are scored before and after: the last lines say what the
-merge changed. The folder has the model, its tokenizer, a card and merge.json.
+The base is read in full precision, and the validation and test rows are scored before and after: the last lines say
+what the merge changed. Probabilities change, too: choose a limit for --reject-below again. The folder has the model,
+its tokenizer, a card and merge.json.
 """
 
 
@@ -34,10 +35,13 @@ def run(options: argparse.Namespace) -> int:
     opened = load_run(options.folder)
     with off_stdout():
         merged = opened.merge(options.to, dtype=options.dtype, progress=not options.quiet)
-    before, after = merged["before"]["f1_macro"]["value"], merged["after"]["f1_macro"]["value"]
-    print(
-        f"on {counted(merged['rows'], 'validation row')}: macro F1 {before:.4f} before, {after:.4f} after; the same "
-        f"label for {merged['same_label']:.2%} of them"
-    )
+    for name in ("validation", "test"):
+        if (rows := merged[name]) is not None:
+            before, after = rows["before"]["f1_macro"]["value"], rows["after"]["f1_macro"]["value"]
+            print(
+                f"on {counted(rows['rows'], f'{name} row')}: macro F1 {before:.4f} before, {after:.4f} after; the same "
+                f"label for {rows['same_label']:.2%} of them; probabilities differ by up to "
+                f"{rows['largest_difference']:.3f}"
+            )
     print(options.to)
     return 0

@@ -14,6 +14,9 @@ examples:
   qlora-kit push runs/tickets me/tickets --merged            the whole model instead
   qlora-kit push runs/tickets me/tickets --public
 
+With --merged the adapters are added to the base in full precision: labels and probabilities differ a little from the
+run's. The card that is uploaded says by how much, on the validation and test rows.
+
 The login is that of `hf auth login`, or HF_TOKEN. Neither rows of your data nor names of your folders are uploaded.
 """
 

@@ -24,10 +24,11 @@ from ..metrics.inputs import as_predictions
 from ..metrics.resampling import RESAMPLES
 from ..metrics.scores import confusion_matrix, metrics, per_label
 from ..metrics.verdict import Report
+from ..runs import card as cards
 from ..runs.predictor import Predictor
 from ..system.arguments import COUNT, DATA, FLAG, RUN_OR_FOLDER, takes
 from ..system.environment import environment as describe_environment
-from ..system.files import plain, write_json
+from ..system.files import plain, write_json, write_text
 from ..system.parsing import SCHEMA
 from .baselines import baselines_of
 
@@ -85,9 +86,10 @@ def evaluate(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Test a finished run from its folder alone, and write its `evaluation.json`.
+    """Test a finished run from its folder alone, write its `evaluation.json`, and bring its card up to date.
 
-    If W&B tracked the training, the test is logged in the same W&B run (see `tracking.log_test`).
+    A card, `README.md`, that somebody has changed is left as it is: `Run.write_card` replaces it. If W&B tracked the
+    training, the test is logged in the same W&B run (see `tracking.log_test`).
 
     Args:
         run: A run or its folder.
@@ -95,8 +97,7 @@ def evaluate(
             run on the same data and base is used as it is.
         data: The data, if it is already loaded; it must be the rows that the run was trained on.
         resamples: Number of resamples for the intervals.
-        batch_size: Texts per forward pass; None for as many as in evaluations during training on this device
-            (`qlora_kit.training.evaluation_rows`).
+        batch_size: Texts per forward pass; None for as many as `Run.evaluation_rows` says.
         progress: Show progress bars.
 
     Returns:
@@ -151,11 +152,25 @@ def evaluate(
             "environment": _environment(run, data),
         }
     )
-    write_json(run.path / "evaluation.json", result)
+    _write(run, result)
     tracking.log_test(run, data.test.labels, result)
     report = Report(result)
     logger.info("%s", report.verdict)
     return report
+
+
+def _write(run: Predictor, result: Mapping[str, Any]) -> None:
+    """Write `evaluation.json`, and the card with its scores unless somebody has changed the card."""
+    untouched = cards.is_as_written(run)
+    write_json(run.path / "evaluation.json", result)
+    if untouched:
+        write_text(run.path / "README.md", cards.of_run(run))
+    else:
+        logger.warning(
+            "%s was changed by hand or written by another version of the kit, so it is left as it is, without the "
+            "test's scores. Run.write_card() writes it again.",
+            run.path / "README.md",
+        )
 
 
 def _scores(test: np.ndarray, validation: np.ndarray, data: TextData, resamples: int) -> dict[str, Any]:

@@ -13,4 +13,5 @@ from .hub import staged as staged
 from .merge import PADDING as PADDING
 from .merge import load_merged as load_merged
 from .merge import merge as merge
+from .merge import write_merged as write_merged
 from .modeling_pooled import PooledForSequenceClassification as PooledForSequenceClassification

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..models.configuration import load_config, resolve_pooling
-from ..models.sources import find_base
 from ..runs import card as cards
 from ..runs.predictor import Predictor
 from ..system.arguments import RUN, takes
@@ -47,11 +46,4 @@ def card(run: Predictor, **more: Any) -> str:
         run: A finished run.
         **more: `merged` and `use`, as `cards.model_card` takes them.
     """
-    return cards.model_card(
-        run.experiment,
-        run.training,
-        find_base(run.experiment.model).licence,
-        evaluation=run.evaluation,
-        environment=run.environment,
-        **more,
-    )
+    return cards.of_run(run, **more)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,11 @@ from ..config.experiment import Experiment
 from ..config.sections import HEADS
 from ..errors import KitError, unknown
 from ..evaluation.report import data_of
-from ..metrics.differences import paired_difference
-from ..metrics.scores import metrics
 from ..models.build import build
 from ..models.configuration import classifier_config, is_decoder
 from ..models.forward import forward_texts
 from ..models.heads import CosineHead, PooledClassifier, head_modules
+from ..models.sources import find_base
 from ..models.tokenizers import load_tokenizer
 from ..models.weights import load_trained
 from ..runs.predictor import Predictor
@@ -31,8 +30,12 @@ from ..system.devices import COMPUTE_DTYPES, default_device, generators_kept, qu
 from ..system.environment import environment
 from ..system.files import move_into_place, saving, write_json, write_text
 from ..system.parsing import SCHEMA, read_json
+from .before_and_after import compared
 from .card import _pooling, _use, card
 from .modeling_pooled import PooledConfig, PooledForSequenceClassification
+
+if TYPE_CHECKING:
+    from ..data.rows import TextData
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
 
     Adapters added to 4-bit weights would be rounded away. So they are added to the base's own weights, in fp32 on the
     CPU (4 bytes of memory per parameter). The result differs from the trained model, whose base was quantized: the
-    scores of both on the run's validation rows are in the return value and in the folder's card. A fully fine-tuned run
+    scores of both on the run's validation and test rows are in the return value and in the folder's card. Probabilities
+    differ, too: a limit for `reject_below` that was chosen on the run has to be chosen again. A fully fine-tuned run
     has nothing to merge and is saved as it is.
 
     Args:
@@ -59,9 +63,11 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
         progress: Show progress bars.
 
     Returns:
-        What the folder's `merge.json` holds: `before` and `after` (the run's and the merged model's scores on the
-        validation rows, with 95% intervals), `difference` (of macro F1, after minus before, on the same rows),
-        `same_label` (share of the rows), `rows`, `dtype`, `trained_on`, and `layout`:
+        What the folder's `merge.json` holds: `validation` and `test` (None for a run without test rows), each what
+        `before_and_after.compared` returns: `rows`, `before` and `after` (the run's and the merged model's scores, with
+        95% intervals), `difference` (of macro F1, after minus before, on the same rows), `same_label` (share of the
+        rows), `largest_difference` (of any probability) and `limit`; `dtype`, `trained_on`, `environment` with the
+        checksums of data and base; and `layout`:
 
         - `transformers`: `AutoModelForSequenceClassification.from_pretrained(to)` and
           `pipeline("text-classification", to)` read it;
@@ -86,13 +92,8 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".merge-") as aside:
             made = Path(aside) / "model"
-            model = _merged(run, tokenizer.pad_token_id)
-            layout, use = _save(run, model, tokenizer, made, COMPUTE_DTYPES[dtype])
-            tokenizer.save_pretrained(str(made))
-            label = "validation" if progress else None
-            before = run.predict(data.validation.texts, progress=label and "validation, before").logits
-            after = _logits(run, made, tokenizer, data.validation.texts, label and "validation, after")
-            truth = np.asarray(data.validation.labels)
+            layout, use = _write(run, tokenizer, made, COMPUTE_DTYPES[dtype])
+            base = find_base(run.experiment.model)
             report = {
                 "schema": SCHEMA,
                 "name": run.experiment.name,
@@ -100,12 +101,13 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
                 "dtype": dtype,
                 "trained_on": run.experiment.quantization.label,
                 "adapters": run.experiment.lora is not None,
-                "rows": len(truth),
-                "before": metrics(before, truth),
-                "after": metrics(after, truth),
-                "difference": paired_difference(after, before, truth),
-                "same_label": float((before.argmax(axis=1) == after.argmax(axis=1)).mean()),
-                "environment": environment(default_device(), data_checksum=data.checksum),
+                **_compared(run, made, tokenizer, data, progress),
+                "environment": environment(
+                    default_device(),
+                    data_checksum=data.checksum,
+                    base_checksum=base.checksum,
+                    base_config_checksum=base.configuration,
+                ),
             }
             write_json(made / "merge.json", report)
             write_text(made / "README.md", card(run, merged=report, use=use))
@@ -113,6 +115,45 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
                 target.rmdir()
             move_into_place(made, target)
     return report
+
+
+@takes(run=RUN, to=a_path("merged"), dtype=TEXT)
+def write_merged(run: Predictor, to: str | Path, *, dtype: str = "fp32") -> Any:
+    """Write a run's merged model as `merge` does, but without comparing it: no `merge.json`, no card.
+
+    Args:
+        run: A finished run.
+        to: A folder that does not exist yet.
+        dtype: As in `merge`.
+
+    Returns:
+        The tokenizer that was written; it may have another pad token than the run's.
+    """
+    tokenizer = load_tokenizer(run.experiment.model, run.path / "tokenizer")
+    _write(run, tokenizer, Path(to), COMPUTE_DTYPES[dtype])
+    return tokenizer
+
+
+def _write(run: Predictor, tokenizer: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str]:
+    """Write the merged model and its tokenizer; return the layout and the card's example code."""
+    model = _merged(run, tokenizer.pad_token_id)
+    layout, use = _save(run, model, tokenizer, folder, dtype)
+    tokenizer.save_pretrained(str(folder))
+    return layout, use
+
+
+def _compared(run: Predictor, folder: Path, tokenizer: Any, data: TextData, progress: bool) -> dict[str, Any]:
+    """Return the report's `validation` and `test`; None for a split without rows."""
+    merged = load_merged(folder)
+    found: dict[str, Any] = {}
+    for name, rows in (("validation", data.validation), ("test", data.test)):
+        if not len(rows):
+            found[name] = None
+            continue
+        before = run.predict(rows.texts, progress=f"{name}, before" if progress else None).logits
+        after = _logits(run, merged, tokenizer, rows.texts, f"{name}, after" if progress else None)
+        found[name] = compared(before, after, rows.labels)
+    return found
 
 
 def _merged(run: Predictor, pad_token_id: int) -> Any:
@@ -294,10 +335,10 @@ def load_merged(folder: str | Path) -> nn.Module:
     return loaded
 
 
-def _logits(run: Predictor, folder: Path, tokenizer: Any, texts: Any, progress: str | None) -> np.ndarray:
-    """Return a merged folder's logits for texts; the model is loaded from disk."""
+def _logits(run: Predictor, merged: nn.Module, tokenizer: Any, texts: Any, progress: str | None) -> np.ndarray:
+    """Return a merged model's logits for texts."""
     return forward_texts(
-        load_merged(folder),
+        merged,
         tokenizer,
         texts,
         device=default_device(),

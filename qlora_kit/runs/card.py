@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.experiment import Experiment
 from ..data.rows import leak_in_words
+from ..errors import KitError
 from ..metrics.differences import with_interval
 from ..metrics.verdict import unsure, untested_labels, weakest
 from ..models import inventory
 from ..models.embedded import EMBEDDED
+from ..models.sources import find_base
 from ..system.showing import counted
+from .folder import RunFolder
 
 # The most labels that a card lists; a longer list helps nobody.
 MOST_LABELS = 100
+MOST_CHARACTERS = 100
+"""The most characters that a card shows of a name or a label."""
 
 CARD = """---
 {metadata}
@@ -140,9 +146,56 @@ def model_card(
     )
 
 
+def of_run(run: RunFolder, *, tested: bool = True, **more: Any) -> str:
+    """Return a run's model card from its folder.
+
+    Args:
+        run: A finished run.
+        tested: With the scores of its `evaluation.json`, if there is one.
+        **more: `merged` and `use`, as `model_card` takes them.
+    """
+    return model_card(
+        run.experiment,
+        run.training,
+        find_base(run.experiment.model).licence,
+        evaluation=run.evaluation if tested else None,
+        environment=run.environment,
+        **more,
+    )
+
+
+def is_as_written(run: RunFolder) -> bool:
+    """Return whether a run's `README.md` is what this version of the kit wrote, before a test or after it.
+
+    A missing one counts as written. One that a person has changed, or another version has written, does not: then it
+    is not the kit's to replace.
+    """
+    file = run.path / "README.md"
+    if not file.is_file():
+        return True
+    found = file.read_bytes()
+    try:
+        return found in (of_run(run, tested=False).encode(), of_run(run).encode())
+    except KitError:  # of a damaged evaluation.json, which a new test replaces
+        return False
+
+
 def code(text: str) -> str:
-    """Return a name as Markdown code on one line, without characters that could end it or act as markup."""
-    return "`" + ("".join(c for c in text if c.isprintable() and c not in "`<>|").strip() or "?") + "`"
+    """Return a name or label as Markdown code on one line.
+
+    In code nothing acts as markup, neither HTML nor a link. What is no printable character is spelled out (a line feed
+    as two characters, a backslash and an n). Backticks are kept by a fence that is longer than any row of them.
+
+    Args:
+        text: Any text; it is cut off after `MOST_CHARACTERS`.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if len(line) > MOST_CHARACTERS:
+        line = f"{line[: MOST_CHARACTERS - 1]}…"
+    fence = "`" * (max((len(row) for row in re.findall("`+", line)), default=0) + 1)
+    # Markdown takes one space off both ends, if both ends have one and there is more than spaces between them.
+    ends = "`" in (line[:1], line[-1:]) or (line.strip() and line[0] == line[-1] == " ")
+    return f"{fence} {line} {fence}" if ends else f"{fence}{line or ' '}{fence}"
 
 
 def _model_name(experiment: Experiment) -> str:
@@ -229,7 +282,7 @@ def _metrics_table(training: Mapping[str, Any], evaluation: Mapping[str, Any] | 
         for split, scores in _scores(training, evaluation).items()
     ]
     if not evaluation:
-        lines += ["", "Not tested yet: `qlora_kit.evaluate` does it, and `Run.write_card` brings the figures here."]
+        lines += ["", "Not tested yet: `qlora_kit.evaluate` does it, and brings the figures here."]
     return "\n".join(lines)
 
 
@@ -259,26 +312,42 @@ def _inventory(groups: Sequence[Mapping[str, Any]] | None) -> str:
 def _merged_section(merged: Mapping[str, Any] | None) -> str:
     if not merged:
         return ""
-    before, after, gap = merged["before"], merged["after"], merged["difference"]
     why = ""
     if merged["trained_on"] != "none":
         why = (
-            f" The adapters were trained beside a base stored as {merged['trained_on']} and are added to\n"
-            "full-precision weights here: that is not the same function, and this table says how far apart the two are."
+            f"The adapters were trained beside a base stored as {merged['trained_on']} and are added to\n"
+            "full-precision weights here: that is not the same function, and these tables say how far apart the two "
+            "are.\n\n"
         )
     was = (
         "the base as it was trained on, and adapters beside it" if merged["adapters"] else "the model as it was trained"
     )
-    return f"""
-## Before and after
+    splits = {name: merged[name] for name in ("validation", "test") if merged[name] is not None}
+    tables = "\n".join(_before_and_after(name, rows, was, merged["dtype"]) for name, rows in splits.items())
+    name, most = max(splits.items(), key=lambda split: float(split[1]["limit"]["share"]))
+    moved = "on these rows no limit makes a difference, on others one may"
+    if most["limit"]["share"]:
+        moved = (
+            f"at worst, with a limit of {most['limit']['at']:.3f}, {most['limit']['share']:.2%} of the {name} rows are "
+            "rejected by one of the two alone"
+        )
+    limit = (
+        "A probability below which labels are rejected, if it was chosen for the run, has to be chosen again for this\n"
+        f"model: {moved}."
+    )
+    return f"\n## Before and after\n\n{why}{tables}\n{limit}\n"
 
-| on the {merged["rows"]:,} validation rows | macro F1 |
+
+def _before_and_after(name: str, rows: Mapping[str, Any], was: str, dtype: str) -> str:
+    gap = rows["difference"]
+    return f"""| on the {rows["rows"]:,} {name} rows | macro F1 |
 |---|---|
-| {was} | {with_interval(before["f1_macro"])} |
-| this model, in {merged["dtype"]} | {with_interval(after["f1_macro"])} |
+| {was} | {with_interval(rows["before"]["f1_macro"])} |
+| this model, in {dtype} | {with_interval(rows["after"]["f1_macro"])} |
 | after minus before, on the same rows | {gap["value"]:+.4f} ({gap["low"]:+.4f} to {gap["high"]:+.4f}) |
 
-Both give the same label to {merged["same_label"]:.2%} of the rows.{why}
+Both give the same label to {rows["same_label"]:.2%} of the {name} rows; their probabilities differ by up to
+{rows["largest_difference"]:.3f}.
 """
 
 

@@ -21,7 +21,7 @@ from ..system.parsing import read_json, refuse_newer
 # results/ files whose rows have a schema; other files are only checked for the common structure.
 RESULTS = (
     *("accuracy", "tuning", "schemes", "memory", "quantization", "speed", "inference", "architectures"),
-    *("int4_step", "t4", "paging"),
+    *("int4_step", "t4", "paging", "merging"),
 )
 OF_A_RUN = ("training.json", "evaluation.json")
 _RECORD = re.compile(r"\d\d_\w+")

@@ -60,7 +60,7 @@ def imitated(folder: str) -> dict[str, Any]:
         "losses": {graphs: [entry["loss"] for entry in each.training["losses"]] for graphs, each in runs.items()},
         "logits": [run.predict(texts).logits.tolist() for _ in range(3)],  # eagerly, captured, replayed
         "peak": run.training["memory"]["peak_bytes"],
-        "same_label": merged["same_label"],
+        "same_label": merged["validation"]["same_label"],
         "device": str(models.default_device()),
     }
 

@@ -23,6 +23,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
 
 import qlora_kit as qk
 from qlora_kit import export, models
@@ -73,22 +74,34 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
     unquantized = _merged(run, run.load()[1].pad_token_id)
     expected = _logits(unquantized, run, texts).argmax(axis=1)
     assert plain(tmp_path / "merged", texts) == [topics.label_names[place] for place in expected]
+    known = report["validation"]
     if run.experiment.quantization.scheme == "none":
-        assert report["same_label"] == 1.0 and report["difference"]["value"] == 0.0
+        assert known["same_label"] == 1.0 and known["difference"]["value"] == 0.0
     share = np.mean([a == b for a, b in zip(run.predict(texts).labels, plain(tmp_path / "merged", texts), strict=True)])
     assert share > 0.6
     truth = np.asarray(topics.validation.labels)
     before = run.predict(topics.validation.texts).label_ids
-    assert report["before"]["accuracy"]["value"] == pytest.approx((before == truth).mean())
+    assert known["before"]["accuracy"]["value"] == pytest.approx((before == truth).mean())
     after = np.array([topics.label_names.index(name) for name in plain(tmp_path / "merged", texts)[len(TEXTS) :]])
-    assert report["after"]["accuracy"]["value"] == pytest.approx((after == truth).mean())
+    assert known["after"]["accuracy"]["value"] == pytest.approx((after == truth).mean())
+    tested = np.asarray(topics.test.labels)
+    right = (_logits(unquantized, run, topics.test.texts).argmax(axis=1) == tested).mean()
+    assert report["test"]["after"]["accuracy"]["value"] == pytest.approx(right)
+    assert report["test"]["rows"] == len(tested)
+    checksums = report["environment"]["checksums"]
+    assert checksums["base"] and checksums == run.environment["checksums"]
     config = transformers.PretrainedConfig.get_config_dict(tmp_path / "merged")[0]
     config = types.SimpleNamespace(**config)
     assert config.problem_type == "single_label_classification"  # whatever the base was: a pipeline goes by it
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert (
-        f"{report['before']['f1_macro']['value']:.4f}" in card and f"{report['after']['f1_macro']['value']:.4f}" in card
-    )
+    for name in ("validation", "test"):
+        rows = report[name]
+        shown = [rows["before"]["f1_macro"]["value"], rows["after"]["f1_macro"]["value"], rows["difference"]["value"]]
+        assert f"on the {rows['rows']:,} {name} rows" in card and all(f"{abs(one):.4f}" in card for one in shown)
+        assert f"differ by up to\n{rows['largest_difference']:.3f}." in card
+    worst = max((report[name]["limit"] for name in ("validation", "test")), key=lambda limit: limit["share"])
+    told = f"a limit of {worst['at']:.3f}, {worst['share']:.2%} of" if worst["share"] else "no limit makes a difference"
+    assert "has to be chosen again" in card and told in card
     assert not [item.name for item in (tmp_path / "merged").iterdir() if item.suffix in (".bin", ".pt", ".pth")]
 
 
@@ -96,18 +109,23 @@ def test_a_merged_model_is_read_by_plain_transformers(case, trained, topics, tmp
 def test_the_difference_of_a_merge_is_after_minus_before(trained, topics, tmp_path, monkeypatch, better):
     run = trained("distilbert none", training__max_steps=1)
     truth = np.asarray(topics.validation.labels)
-    # In place of the merged model's: all right, or all wrong.
-    after = np.eye(len(topics.label_names))[truth if better else (truth + 1) % len(topics.label_names)]
-    monkeypatch.setattr(sys.modules["qlora_kit.export.merge"], "_logits", lambda *_: after)
-    report = run.merge(tmp_path / "merged", progress=False)
+    splits = (topics.validation, topics.test)
+    right = {text: label for rows in splits for text, label in zip(rows.texts, rows.labels, strict=True)}
+    count = len(topics.label_names)
+
+    def after(run, merged, tokenizer, texts, progress) -> np.ndarray:
+        # In place of the merged model's: all right, or all wrong.
+        return np.eye(count)[[(right[text] + (not better)) % count for text in texts]]
+
+    monkeypatch.setattr(sys.modules["qlora_kit.export.merge"], "_logits", after)
+    report = run.merge(tmp_path / "merged", progress=False)["validation"]
     before = report["before"]["f1_macro"]["value"]
     assert 0 < before < 1 and report["after"]["f1_macro"]["value"] == float(better)
     difference = report["difference"]
     assert difference["value"] == pytest.approx(better - before)
     assert difference["low"] <= difference["value"] <= difference["high"]
-    assert report["same_label"] == pytest.approx(
-        (run.predict(topics.validation.texts).label_ids == after.argmax(1)).mean()
-    )
+    guessed = run.predict(topics.validation.texts).label_ids
+    assert report["same_label"] == pytest.approx((guessed == (truth + (not better)) % count).mean())
 
 
 def _logits(model, run, texts) -> np.ndarray:
@@ -258,7 +276,8 @@ def test_a_card_is_valid_and_gains_the_tests_figures(trained):
     assert {result.dataset_split for result in before.data.eval_results} == {"validation"}
     assert "Not tested yet" in before.text
     report = qk.evaluate(run, baselines=False, progress=False)
-    after = ModelCard.load(run.write_card())
+    after = ModelCard.load(run.path / "README.md")
+    assert "Not tested yet" not in after.text
     found = {(result.dataset_split, result.metric_type): result.metric_value for result in after.data.eval_results}
     for split in ("test", "validation"):
         scores = (report if split == "test" else run.training)["metrics"][split]
@@ -272,6 +291,37 @@ def test_a_card_is_valid_and_gains_the_tests_figures(trained):
     assert (
         after.data.library_name == "peft" and after.data.base_model is None
     )  # a folder on this disk is no base's name
+
+
+def test_a_test_brings_the_card_up_to_date_and_leaves_one_that_was_changed(trained, caplog):
+    run = trained("bert nf4", training__max_steps=2)
+    card = run.path / "README.md"
+    fresh = card.read_text()
+    assert fresh == cards.of_run(run) and cards.is_as_written(run)
+    qk.evaluate(run, baselines=False, progress=False, resamples=100)
+    tested = card.read_text()
+    assert tested == cards.of_run(run) != fresh
+    # Tested again: the card is that of the test before, and goes on to this one's.
+    qk.evaluate(run, baselines=False, progress=False, resamples=200)
+    again = card.read_text()
+    assert again == cards.of_run(run) != tested and not caplog.records
+    # By hand, the end of a line at the end included; nobody's words are lost, and a line says so.
+    for mine in (again + "My own words.\n", again.replace("\n", "\r\n")):
+        card.write_bytes(mine.encode())
+        qk.evaluate(run, baselines=False, progress=False, resamples=100)
+        assert card.read_bytes() == mine.encode()
+        assert "README.md was changed by hand" in caplog.text and "Run.write_card()" in caplog.text
+        caplog.clear()
+    run.write_card()
+    assert card.read_text() == cards.of_run(run)
+    card.unlink()
+    qk.evaluate(run.path, baselines=False, progress=False, resamples=100)
+    assert card.read_text() == cards.of_run(run)
+    # A damaged report does not stop a new one; what the card was cannot be known then.
+    (run.path / "evaluation.json").write_text("{")
+    qk.evaluate(run, baselines=False, progress=False, resamples=100)
+    assert "is left as it is" in caplog.text
+    assert qk.load_run(run.path).evaluation is not None
 
 
 def test_the_embedded_base_and_its_licence_stand_in_the_card():
@@ -295,10 +345,34 @@ def test_the_embedded_base_and_its_licence_stand_in_the_card():
     assert random.data.eval_results is None and "random weights" in random.text
 
 
-def test_a_hostile_label_is_text_in_a_card():
-    hostile = "x` <script>alert(1)</script>\n---\nlicense: mit\n| a | [b](javascript:c)"
-    assert card.code(hostile) == "`x scriptalert(1)/script---license: mit a  [b](javascript:c)`"
-    assert card.code("`<>\n") == "`?`"
+HOSTILE = [
+    "x` <script>alert(1)</script>\n---\nlicense: mit\n| a | [b](javascript:c)",
+    "`<>\n",
+    "``",
+    "\x1b[2Jgone",
+    "\u202eevil",
+    " two spaces ",
+    "a\\|b",
+    "<img src=x onerror=alert(1)>",
+    "*bold* _b_ ![](http://a.b/c.png) &lt;",
+    "",
+]
+
+
+@pytest.mark.parametrize("label", HOSTILE)
+def test_a_hostile_label_is_shown_in_a_card_and_acts_as_nothing(label):
+    shown = card.code(label)
+    assert "\n" not in shown and shown.isprintable()
+    # As the hub and GitHub read it: one piece of code, with every character of the label.
+    (paragraph, inline, _) = MarkdownIt("gfm-like", {"linkify": False}).parse(f"Labels: {shown}, `next`")
+    assert paragraph.type == "paragraph_open"
+    assert [piece.type for piece in inline.children] == ["text", "code_inline", "text", "code_inline"]
+    spelled = "".join(c if c.isprintable() else repr(c)[1:-1] for c in label)
+    assert inline.children[1].content == (spelled or " ")
+
+
+def test_a_long_label_is_cut_off_in_a_card():
+    assert card.code("a" * 5000) == f"`{'a' * (cards.MOST_CHARACTERS - 1)}…`"
 
 
 def test_a_push_is_refused_for_what_no_hub_takes(trained, monkeypatch):

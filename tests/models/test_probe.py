@@ -310,8 +310,10 @@ def test_a_merged_model_gives_texts_that_end_in_the_pad_token_the_same_labels(ba
     )
     run = qk.finetune(experiment, data=qk.text_classification(table, test=0.2), out=tmp_path / "runs", progress=False)
     report = run.merge(tmp_path / "merged", progress=False)
-    assert report["same_label"] == 1.0
-    assert report["before"]["loss"]["value"] == pytest.approx(report["after"]["loss"]["value"], abs=1e-5)
+    assert report["validation"]["same_label"] == 1.0
+    assert report["validation"]["before"]["loss"]["value"] == pytest.approx(
+        report["validation"]["after"]["loss"]["value"], abs=1e-5
+    )
     if report["layout"] != "transformers":
         return
     texts = [text for text, _ in rows[:20]] + TEXTS
