@@ -315,8 +315,8 @@ def _notes(run: Predictor, form: _Form, stored: bool) -> list[str]:
     if form.with_code:
         notes.append(
             "transformers has no class for this head. `modeling_pooled.py` in this folder is that class; it needs "
-            "torch and transformers alone. `trust_remote_code=True` runs it: read it first. Without that argument the folder "
-            "is refused."
+            "torch and transformers alone. `trust_remote_code=True` runs it: read it first. Without that argument the "
+            "folder is refused."
         )
         notes.append(
             "PEFT looks for the class where this folder was written. Was it moved? Then open it in two steps: "
