@@ -39,9 +39,9 @@ class PooledConfig(PretrainedConfig):
         head: `linear`, or `cosine`: `scale` times the cosine of the pooled states and each class's direction.
         scale: Factor of the cosines.
         width: Size of a token's state; None for the base's `hidden_size`.
-        base_name: Where the base's weights are, if not in this folder: a name on the hub, or a folder.
-        base_revision: The base's revision on the hub; None for its main branch.
-        adapter: Checksum of the adapters that the folder was written with, if the base's weights are not in it.
+        elsewhere: None if all weights are in this folder. Else where the base's weights are: `name` (a name on the hub,
+            or a folder) and `revision` (None for the main branch); and `adapter`, the checksum of the adapters that the
+            folder was written with.
         **more: As for every configuration of transformers; `id2label` has the labels.
 
     Raises:
@@ -57,16 +57,14 @@ class PooledConfig(PretrainedConfig):
         head: str = "linear",
         scale: float = 1.0,
         width: int | None = None,
-        base_name: str | None = None,
-        base_revision: str | None = None,
-        adapter: str | None = None,
+        elsewhere: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
         for name, value, allowed in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
         self.base, self.pooling, self.head, self.scale, self.width = base, pooling, head, scale, width
-        self.base_name, self.base_revision, self.adapter = base_name, base_revision, adapter
+        self.elsewhere = elsewhere
         super().__init__(**more)
 
 
@@ -138,14 +136,14 @@ class PooledForSequenceClassification(PreTrainedModel):
         folder = pretrained_model_name_or_path
         if config is None:
             config, kwargs = PooledConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        if not config.base_name:
+        if not config.elsewhere:
             opened: PooledForSequenceClassification = super().from_pretrained(
                 folder, *model_args, config=config, **kwargs
             )
             return opened
         # PEFT hands over the `revision` of adapter_config.json. The folder may hold another run by now.
         asked = kwargs.pop("revision", None)
-        if os.path.isdir(folder) and asked not in (None, config.adapter):
+        if os.path.isdir(folder) and asked not in (None, config.elsewhere["adapter"]):
             raise ValueError(
                 f"{folder} holds other adapters now than those that are being opened: export the run again"
             )
@@ -154,7 +152,8 @@ class PooledForSequenceClassification(PreTrainedModel):
         kwargs.setdefault("dtype", torch.float32)
         settings = dict(config.base or {})
         described = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        base = AutoModel.from_pretrained(config.base_name, config=described, revision=config.base_revision, **kwargs)
+        name, at = config.elsewhere["name"], config.elsewhere["revision"]
+        base = AutoModel.from_pretrained(name, config=described, revision=at, **kwargs)
         with torch.device("meta"):
             model = cls(config)
         if isinstance(getattr(base, "pooler", None), nn.Module):
@@ -175,11 +174,11 @@ class PooledForSequenceClassification(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save all weights, the base's included, as every model of transformers does."""
-        name, self.config.base_name = self.config.base_name, None
+        elsewhere, self.config.elsewhere = self.config.elsewhere, None
         try:
             super().save_pretrained(*args, **kwargs)
         finally:
-            self.config.base_name = name
+            self.config.elsewhere = elsewhere
 
     def forward(
         self,

