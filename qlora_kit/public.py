@@ -26,6 +26,7 @@ EXPORTS = {
     "Run": "run",
     "load_run": "run",
     "newest_run": "run",
+    "RunClassifier": "export.estimator",
     "zip_results": "export.archive",
     "download_results": "export.archive",
     "Search": "searching.search",

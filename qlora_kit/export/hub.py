@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,30 +13,36 @@ from typing import Any
 from ..config.experiment import Experiment
 from ..data.reading import is_hub_name
 from ..errors import KitError, either
+from ..runs.card import ADAPTER_USE
 from ..runs.predictor import Predictor
 from ..system.arguments import FLAG, RUN, TEXT, takes
 from ..system.files import write_json, write_text
 from ..system.manifest import NAME, OF_A_RUN, of
 from .card import card
 from .merge import merge
+from .peft_folder import peft_files
+
+logger = logging.getLogger(__name__)
 
 # What is pushed from a run folder. Checkpoints and data are not, nor is evaluation.json, which quotes test rows: its
 # scores are in the card.
 PUSHED = ("README.md", "experiment.yaml", "training.json", "environment.json", "adapter", "tokenizer")
 
 
-@takes(run=RUN, merged=FLAG)
+@takes(run=RUN, merged=FLAG, repo=TEXT)
 @contextlib.contextmanager
-def staged(run: Predictor, *, merged: bool = False) -> Iterator[Path]:
+def staged(run: Predictor, *, merged: bool = False, repo: str | None = None) -> Iterator[Path]:
     """Put what `push` uploads into a temporary folder for a block, so that you can look at it first.
 
     Args:
         run: A finished run.
         merged: The merged model instead of the adapters.
+        repo: The repository's name on the hub, from where plain PEFT will open it.
 
     Yields:
         The folder. For a run it holds what `PUSHED` lists, with test scores in the card and without the names of
-        folders on this machine; with `merged`, what `merge` writes.
+        folders on this machine, and beside it what plain PEFT opens (see `export_peft`); with `merged`, what `merge`
+        writes.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
@@ -50,9 +57,18 @@ def staged(run: Predictor, *, merged: bool = False) -> Iterator[Path]:
                 elif source.is_file():
                     shutil.copyfile(source, folder / name)
             write_text(folder / "experiment.yaml", _without_folders(run.experiment).to_yaml())
-            write_text(folder / "README.md", card(run))
+            write_text(folder / "README.md", card(run, use=_use(run, folder, repo)))
             write_json(folder / NAME, of(folder, OF_A_RUN))
         yield folder
+
+
+def _use(run: Predictor, folder: Path, repo: str | None) -> str:
+    """Write what plain PEFT opens into a folder, if PEFT can open the run; return the card's lines."""
+    try:
+        return f"{ADAPTER_USE}\n\n{peft_files(run, folder, repo)}"
+    except KitError as error:
+        logger.warning("Plain PEFT cannot open what is pushed; the kit can: %s", error)
+        return ADAPTER_USE
 
 
 def _without_folders(experiment: Experiment) -> Experiment:
@@ -116,7 +132,7 @@ def push(run: Predictor, repo: str, *, private: bool = True, token: str | None =
             raise KitError("this login may only read on the hub: pushing needs a token that may write")
         with contextlib.suppress(errors.RepositoryNotFoundError):
             _refuse_public(api.repo_info(repo), private)
-    with staged(run, merged=merged) as folder, _told_by_the_hub(repo):
+    with staged(run, merged=merged, repo=repo) as folder, _told_by_the_hub(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         # Check again: somebody may have created it in the meantime.
         _refuse_public(api.repo_info(repo), private)

@@ -8,10 +8,17 @@ random numbers. So this file is copied beside the weights, and
 
 read it. Without `trust_remote_code` they refuse the folder: transformers does not know the model type. The file needs
 torch and transformers alone.
+
+A folder may hold adapters and a head for PEFT, without the base. Its `config.json` then says where the base is, and
+
+    AutoPeftModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
+
+fetches the base and puts adapters and head on it. The base alone gives no labels: it has no head.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -32,6 +39,9 @@ class PooledConfig(PretrainedConfig):
         head: `linear`, or `cosine`: `scale` times the cosine of the pooled states and each class's direction.
         scale: Factor of the cosines.
         width: Size of a token's state; None for the base's `hidden_size`.
+        elsewhere: None if all weights are in this folder. Else where the base's weights are: `name` (a name on the hub,
+            or a folder) and `revision` (None for the main branch); and `adapter`, the checksum of the adapters that the
+            folder was written with.
         **more: As for every configuration of transformers; `id2label` has the labels.
 
     Raises:
@@ -47,13 +57,34 @@ class PooledConfig(PretrainedConfig):
         head: str = "linear",
         scale: float = 1.0,
         width: int | None = None,
+        elsewhere: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
         for name, value, allowed in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
         self.base, self.pooling, self.head, self.scale, self.width = base, pooling, head, scale, width
+        self.elsewhere = elsewhere
         super().__init__(**more)
+
+
+class Cosines(nn.Linear):
+    """A head of fp32: a factor times the cosine of a vector and each class's direction.
+
+    Args:
+        width: Size of the vectors.
+        labels: Number of classes.
+        scale: The factor.
+    """
+
+    def __init__(self, width: int, labels: int, scale: float) -> None:
+        super().__init__(width, labels, bias=False, dtype=torch.float32)
+        self.scale = scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return logits, fp32 `[batch, labels]`, of vectors, fp32 `[batch, width]`."""
+        directions = nn.functional.normalize(self.weight, dim=-1)
+        return self.scale * nn.functional.linear(nn.functional.normalize(input, dim=-1), directions)
 
 
 class PooledForSequenceClassification(PreTrainedModel):
@@ -76,10 +107,78 @@ class PooledForSequenceClassification(PreTrainedModel):
         if isinstance(getattr(self.base, "pooler", None), nn.Module):
             self.base.pooler = nn.Identity()  # BERT's: nothing here reads it, and no weights of it are kept
         width = config.width or described.get_text_config().hidden_size
-        self.classifier = nn.Linear(
-            width, len(config.id2label or ()), bias=config.head == "linear", dtype=torch.float32
-        )
+        labels = len(config.id2label or ())
+        if config.head == "cosine":
+            self.classifier: nn.Linear = Cosines(width, labels, config.scale)
+        else:
+            self.classifier = nn.Linear(width, labels, dtype=torch.float32)
+        self._lacks_head = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> PooledForSequenceClassification:
+        """Open a folder with all weights, or fetch the base of a folder with adapters for PEFT.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository's name on the hub.
+            *model_args: As for every model of transformers.
+            config: Its configuration, if it is read already.
+            **kwargs: As for every model of transformers. `dtype` is fp32 by default where the base is fetched.
+
+        Returns:
+            The model. Where the base was fetched, its head is missing until PEFT loads it, and it refuses texts.
+
+        Raises:
+            ValueError: When the folder is not the one that the adapters were written with.
+        """
+        folder = pretrained_model_name_or_path
+        if config is None:
+            config, kwargs = PooledConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        if not config.elsewhere:
+            opened: PooledForSequenceClassification = super().from_pretrained(
+                folder, *model_args, config=config, **kwargs
+            )
+            return opened
+        # PEFT hands over the `revision` of adapter_config.json. The folder may hold another run by now.
+        asked = kwargs.pop("revision", None)
+        if os.path.isdir(folder) and asked not in (None, config.elsewhere["adapter"]):
+            raise ValueError(
+                f"{folder} holds other adapters now than those that are being opened: export the run again"
+            )
+        for name in ("adapter_kwargs", "subfolder", "trust_remote_code", "output_loading_info"):
+            kwargs.pop(name, None)
+        kwargs.setdefault("dtype", torch.float32)
+        settings = dict(config.base or {})
+        described = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        name, at = config.elsewhere["name"], config.elsewhere["revision"]
+        base = AutoModel.from_pretrained(name, config=described, revision=at, **kwargs)
+        with torch.device("meta"):
+            model = cls(config)
+        if isinstance(getattr(base, "pooler", None), nn.Module):
+            base.pooler = nn.Identity()
+        for layer in base.modules():
+            # On a CPU with AVX512-BF16 bitsandbytes would round the scales to bf16, and compute in bf16.
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+        model.base = base
+        # No random numbers: PEFT puts the trained head in this place.
+        model.classifier = model.classifier.to_empty(device=base.device)
+        for weight in model.classifier.parameters():
+            nn.init.constant_(weight, torch.nan)
+        model._lacks_head = True
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):  # PEFT reads them
+            setattr(model, flag, getattr(base, flag, False))
+        return model.eval()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save all weights, the base's included, as every model of transformers does."""
+        elsewhere, self.config.elsewhere = self.config.elsewhere, None
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.elsewhere = elsewhere
 
     def forward(
         self,
@@ -110,10 +209,13 @@ class PooledForSequenceClassification(PreTrainedModel):
         else:
             last = attention_mask.long().cumsum(1).argmax(1)
             pooled = states[torch.arange(len(states), device=states.device), last]
-        if self.config.head == "cosine":
-            directions = nn.functional.normalize(self.classifier.weight, dim=-1)
-            logits = self.config.scale * nn.functional.linear(nn.functional.normalize(pooled, dim=-1), directions)
-        else:
-            logits = self.classifier(pooled)
+        logits = self.classifier(pooled)
+        if self._lacks_head:  # looked at until PEFT has loaded it
+            if bool(torch.isnan(logits).any()):
+                raise RuntimeError(
+                    "this is the base alone, without trained adapters and head: open the folder with "
+                    "peft.AutoPeftModelForSequenceClassification, or call peft.PeftModel.from_pretrained(model, folder)"
+                )
+            self._lacks_head = False
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -17,6 +17,7 @@ from ..quantization.layers import is_linear, matrices_of
 from ..system.devices import quiet
 from ..system.safe_peft import peft
 from .heads import check_head, head_modules
+from .sources import name_for_others
 
 
 def _adapted(experiment: Experiment, model: nn.Module) -> nn.Module:
@@ -39,7 +40,8 @@ def _adapted(experiment: Experiment, model: nn.Module) -> nn.Module:
     if experiment.lora.bias != "none":
         _train_biases_in_fp32_(adapted)
     # PEFT would write the folder it was loaded from, which means nothing on another machine.
-    adapted.peft_config["default"].base_model_name_or_path = experiment.model.name
+    named = adapted.peft_config["default"]
+    named.base_model_name_or_path, named.revision = name_for_others(experiment.model)
     check_head(adapted, heads)
     if experiment.model.fused:
         fuse_(adapted)

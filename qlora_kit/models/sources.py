@@ -89,6 +89,28 @@ def find_base(spec: ModelSpec) -> Base:
     return Base(spec.name, spec.revision, _cached_checksum(spec), None, configuration)
 
 
+def name_for_others(spec: ModelSpec) -> tuple[str, str | None]:
+    """Return the name and revision by which another library finds a base: an embedded one has a name on the hub.
+
+    Args:
+        spec: The model's spec.
+
+    Returns:
+        A name on the hub with the commit in the local cache (else the spec's revision); a folder or a `shape:` as it
+        is.
+    """
+    name = spec.name
+    if name.startswith("embedded:"):
+        return EMBEDDED[name.removeprefix("embedded:")].hub, None
+    if Path(name).expanduser().is_dir() or name.startswith("shape:"):
+        return name, None
+    with contextlib.suppress(Exception):  # the hub's client refuses names that are none
+        found = in_cache(name, spec.revision, "config.json")
+        if found is not None and found.parent.parent.name == "snapshots":
+            return name, found.parent.name
+    return name, spec.revision
+
+
 def _configuration_checksum(file: Path) -> str | None:
     """Return the SHA-256 of what a `config.json` says, or None where it cannot be read (`load_config` says why)."""
     from ..system.parsing import read_json

@@ -12,8 +12,11 @@ from torch import nn
 from ..config.experiment import Experiment
 from ..errors import KitError
 from ..system.devices import default_device, generators_kept
+from ..system.files import write_json
+from ..system.parsing import read_json
 from ..system.safe_peft import peft
 from .build import build
+from .heads import head_modules
 
 # --- saving, loading, predicting --------------------------------------------------------------------------------
 
@@ -31,8 +34,25 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
         # PEFT's card is an empty form; the run folder has its own.
         (folder / "README.md").unlink(missing_ok=True)
+        _name_each_module_once(model, folder / "adapter_config.json")
     else:
         save_model(model, str(folder / "model.safetensors"))
+
+
+def _name_each_module_once(model: peft.PeftModel, file: Path) -> None:
+    """Write into PEFT's config the full name of each adapted layer, and of each head, once.
+
+    PEFT shortens a long list to last parts such as `dense`. Those fit layers of another class on the same base, whose
+    adapters PEFT would then leave empty, with a warning only. A full name that is not there is an error.
+    """
+    inner = model.get_base_model()
+    config = read_json(file)
+    config["target_modules"] = sorted(
+        name for name, module in inner.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+    )
+    config["modules_to_save"] = head_modules(inner)
+    config["exclude_modules"] = None  # the full names leave nothing to exclude
+    write_json(file, config)
 
 
 def load_trained(

@@ -495,7 +495,9 @@ def test_a_run_is_pushed_privately_and_without_the_names_of_folders(hub, from_a_
     assert from_a_folder.push_to_hub("me/tickets") == f"{constants.ENDPOINT}/me/tickets"
     assert hub.there == {"me/tickets": True} and hub.messages == ["Upload tickets"]
     files = hub.committed["me/tickets"]
-    assert {name.partition("/")[0] for name in files} == {*export.PUSHED, "manifest.json"}
+    for_peft = {"adapter_config.json", "adapter_model.safetensors", "config.json", "modeling_pooled.py"}
+    for_peft |= {"tokenizer.json", "tokenizer_config.json"}
+    assert {name.partition("/")[0] for name in files} == {*export.PUSHED, "manifest.json", *for_peft}
     for name, content in files.items():
         assert b"secret_" not in content, name
     pushed = qk.Experiment.from_yaml(files["experiment.yaml"].decode())

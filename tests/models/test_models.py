@@ -628,7 +628,7 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
         "e = Experiment('hub', spec, lora=LoraSpec(r=2))\n"
         "t = models.load_tokenizer(spec)\n"
         "m = models.build(e, ['a', 'b'], pad_token_id=t.pad_token_id); print(type(m).__name__)\n"
-        "print(m.peft_config['default'].base_model_name_or_path)\n"
+        "print(m.peft_config['default'].base_model_name_or_path, m.peft_config['default'].revision)\n"
         "print('found', models.find_base(spec).checksum, models.find_base(ModelSpec('tiny/absent')).checksum)\n"
         "print('large', models.find_base(ModelSpec('tiny/large', revision='1' * 40)).checksum)\n"
     )
@@ -641,7 +641,7 @@ def test_the_hub_path_with_a_local_cache_and_no_network(tiny, topics, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "(True, 'is in the local cache')" in result.stdout
     assert "(False, 'is not in the local cache and HF_HUB_OFFLINE is set')" in result.stdout
-    assert "PeftModelForSequenceClassification\ntiny/gpt2" in result.stdout
+    assert f"PeftModelForSequenceClassification\ntiny/gpt2 {'0' * 40}\n" in result.stdout  # the commit, not a branch
     assert f"found {checksum} None" in result.stdout and f"large {stored.name}" in result.stdout
 
 
