@@ -7,9 +7,13 @@ import importlib.metadata
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ...data.batches import token_ids
 from ...errors import KitError, unknown
 from ...evaluation.report import data_of
 from ...runs.card import code
@@ -90,7 +94,8 @@ def export(
         weights: How the weights are stored. `as_trained`: the frozen ones as their 4-bit codes, adapters and head
             beside them; the runtime makes fp32 of them once, when it opens the file. `fp32`: the same numbers, written
             out. `int8`: rounded to 8 bits, and the inputs of products, too; small and fastest, but not equal.
-        embeddings: `fp32`, or `int8`: the table of words in 8 bits with a scale for each 16 numbers.
+        embeddings: `fp32`, or `int8`: the table of words in 8 bits with a scale for each 32 numbers, and in 16 bits the
+            words of the training texts.
         least_equal: Least share of rows, 0 to 1, that get the label that `run.predict` gives. Below it, nothing is
             written.
         progress: Show a progress bar.
@@ -128,7 +133,7 @@ def export(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as aside:
             made = Path(aside) / "classifier"
             made.mkdir()
-            _write(run, made, weights, embeddings)
+            _write(run, made, weights, embeddings, data.train.texts)
             report = {
                 "schema": SCHEMA,
                 "name": run.experiment.name,
@@ -167,8 +172,16 @@ def _versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
-def _write(run: Predictor, folder: Path, weights: str, embeddings: str) -> None:
-    """Write all but the proof: graph, tokenizer, labels, settings and the code that reads them."""
+def _write(run: Predictor, folder: Path, weights: str, embeddings: str, known: Sequence[str]) -> None:
+    """Write all but the proof: graph, tokenizer, labels, settings and the code that reads them.
+
+    Args:
+        run: The run.
+        folder: Where to.
+        weights: As `export` takes it.
+        embeddings: As `export` takes it.
+        known: Texts whose words keep 16 bits where embeddings have 8.
+    """
     import onnx
 
     from .graph import embeddings_in_8_bits_, keep_as_trained_, products_in_8_bits, traced
@@ -193,7 +206,8 @@ def _write(run: Predictor, folder: Path, weights: str, embeddings: str) -> None:
         table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
         table = table or model.base_model.get_input_embeddings()
         names = [name for name, module in model.named_modules() if module is table]
-        embeddings_in_8_bits_(graph, f"model.{names[0]}.weight")
+        tokens = {token for row in token_ids(tokenizer, list(known)) for token in row}
+        embeddings_in_8_bits_(graph, f"model.{names[0]}.weight", np.array(sorted(tokens)))
     if weights == "int8":
         graph = products_in_8_bits(graph)
     onnx.save(graph, str(folder / "model.onnx"))

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 # Numbers of an embedding's row that share a scale, where its table is stored in 8 bits.
-GROUP = 16
+GROUP = 32
+# Parts of a step that the second 8 bits of a known token's number count: half a step is 127 of them.
+PARTS = 254
 # Protobuf, in which ONNX files are written, has no longer messages.
 MOST_BYTES = 2**31 - 2**20
 
@@ -207,12 +209,16 @@ class _Additions:
 # --- fewer bits -------------------------------------------------------------------------------------------------
 
 
-def embeddings_in_8_bits_(proto: ModelProto, table: str) -> None:
+def embeddings_in_8_bits_(proto: ModelProto, table: str, known: np.ndarray) -> None:
     """Store an embedding's table in 8 bits, in place: a look-up takes the rows' codes and multiplies by their scales.
+
+    Rows of known tokens have 8 bits more, in a second table that is as long as there are such tokens: texts like those
+    of the training keep their labels, and rows that hardly a text needs take one byte a number.
 
     Args:
         proto: As `traced` returns it.
         table: The table's name in the graph.
+        known: Ids of tokens, each once, int64 `[tokens]`.
 
     Raises:
         KitError: When the graph does not look rows up in it.
@@ -221,8 +227,8 @@ def embeddings_in_8_bits_(proto: ModelProto, table: str) -> None:
 
     graph = proto.graph
     values = next((numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name == table), None)
-    places = [place for place, node in enumerate(graph.node) if table in node.input]
-    look_ups = [graph.node[place] for place in places]
+    readers = [place for place, node in enumerate(graph.node) if table in node.input]
+    look_ups = [graph.node[place] for place in readers]
     if values is None or len(look_ups) != 1 or look_ups[0].op_type != "Gather" or look_ups[0].input[0] != table:
         raise KitError(
             "embeddings='int8' stores a table whose rows are looked up in one place, and this base uses its table of "
@@ -233,15 +239,26 @@ def embeddings_in_8_bits_(proto: ModelProto, table: str) -> None:
     groups = values.reshape(rows, -1, group)
     # Rounded up to 16 bits, so that no code is over 127.
     scales = np.nextafter((np.abs(groups).max(axis=2, keepdims=True) / 127).astype(np.float16), np.float16(np.inf))
-    codes = np.rint(groups / scales.astype(np.float32)).astype(np.int8)
+    in_steps = groups / scales.astype(np.float32)
+    codes = np.rint(in_steps).astype(np.int8)
+    # What rounding left of the known tokens' numbers, at most half a step, in parts of a step. Row 0 is the others'.
+    finer = np.zeros((len(known) + 1, *codes.shape[1:]), np.int8)
+    finer[1:] = np.rint((in_steps[known] - codes[known]) * PARTS)
+    places = np.zeros(rows, np.int32)
+    places[known] = np.arange(1, len(known) + 1)
     made = _Additions(proto)
     made.drop(table)
-    (ids, output), place = (look_ups[0].input[1], look_ups[0].output[0]), places[0]
+    (ids, output), place = (look_ups[0].input[1], look_ups[0].output[0]), readers[0]
     found = made.node("Gather", [made.constant(f"{table}.codes", codes), ids], f"{table}.rows", axis=0)
     numbers = made.node("Cast", [found], f"{table}.numbers", to=TensorProto.FLOAT)
     found = made.node("Gather", [made.constant(f"{table}.scales", scales), ids], f"{table}.scales_found", axis=0)
     factors = made.node("Cast", [found], f"{table}.factors", to=TensorProto.FLOAT)
-    product = made.node("Mul", [numbers, factors], f"{table}.product")
+    where = made.node("Gather", [made.constant(f"{table}.places", places), ids], f"{table}.where", axis=0)
+    rest_of = made.node("Gather", [made.constant(f"{table}.finer", finer), where], f"{table}.rest_found", axis=0)
+    parts = made.node("Cast", [rest_of], f"{table}.parts", to=TensorProto.FLOAT)
+    left = made.node("Div", [parts, made.constant(f"{table}.parts_of_a_step", np.float32(PARTS))], f"{table}.left")
+    exact = made.node("Add", [numbers, left], f"{table}.steps")
+    product = made.node("Mul", [exact, factors], f"{table}.product")
     made.node("Reshape", [product, made.constant("rows_of_groups", np.array([0, 0, -1]))], output)
     rest = list(graph.node)
     del graph.node[:]
