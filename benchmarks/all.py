@@ -100,6 +100,7 @@ PIECES: Mapping[str, list[Piece]] = {
               "--models minilm --batches 32 --methods qlora --precisions fp32 --append", 240),
         Piece("speed-bf16", "speed", "speed.py", "--models minilm --batches 32 --precisions bf16 --append", 420),
         Piece("inference", "inference", "inference.py", "--append", 240, stops=False),
+        Piece("export", "export", "export.py", "--append", 600, stops=False),
         Piece("memory", "memory", "memory.py", "--groups cpu", 400),
         Piece("quantization", "quantization", "quantization.py", "", 3000),
         *(

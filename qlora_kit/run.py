@@ -10,7 +10,7 @@ from typing import Any
 from .config.experiment import Experiment
 from .errors import KitError
 from .runs.predictor import Predictor
-from .system.arguments import FLAG, FOLDER, RUN_FOLDER, TEXT, a_path, takes
+from .system.arguments import FLAG, FOLDER, RUN_FOLDER, SHARE, TEXT, a_path, takes
 from .system.files import write_text
 from .system.showing import counted, harmless, lines_as_html, one_line
 
@@ -75,6 +75,24 @@ class Run(Predictor):
         from .export.merge import merge
 
         return merge(self, to, dtype=dtype, progress=progress)
+
+    @takes(runtime=TEXT, to=a_path("served"), weights=TEXT, embeddings=TEXT, least_equal=SHARE, progress=FLAG)
+    def export(
+        self,
+        runtime: str,
+        to: str | Path,
+        *,
+        weights: str = "as_trained",
+        embeddings: str = "fp32",
+        least_equal: float = 1.0,
+        progress: bool = True,
+    ) -> dict[str, Any]:
+        """Write a folder that ONNX Runtime classifies with, and prove it row by row (see `export.onnx.export`)."""
+        from .export.onnx import export
+
+        return export(
+            self, runtime, to, weights=weights, embeddings=embeddings, least_equal=least_equal, progress=progress
+        )
 
     def write_card(self) -> Path:
         """Write the model card again, with test scores if the run was evaluated; return its path."""

@@ -72,6 +72,7 @@ RULES: dict[str, Callable[[Record], None]] = {
     "speed": rules_cost.speed,
     "speed_variants": rules_cost.speed,
     "inference": rules_cost.inference,
+    "export": rules_cost.exports,
     "int4_step": rules_cost.int4_step,
     "t4": rules_cost.t4,
     "memory": rules_cost.memory,

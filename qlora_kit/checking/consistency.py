@@ -54,6 +54,10 @@ ALIKE: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
         (("variant", "model"), ("scheme",)),
         (("device", "command"), ("texts", "repeats")),
     ),
+    "export": (
+        (("model",), ("trained_on", "rows")),
+        (("device", "command"), ("texts", "repeats")),
+    ),
     "int4_step": ((("contender",), ("scheme", "double_quantization")),),
     "t4": ((("device", "command"), ("precision", "batch", "limit_bytes")),),
     "memory": (

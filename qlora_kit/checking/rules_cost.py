@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import packing
@@ -80,6 +80,29 @@ def latencies(nanoseconds: Any, repeats: int, batch: int) -> dict[str, float]:
         "latency_seconds_p95": float(np.quantile(seconds, 0.95)),
         "samples_per_second": statistics.median(batch * calls / sum(turn) for turn in turns),
     }
+
+
+def exports(book: Record) -> None:
+    """Compute latencies and rates of results/export.json from the time of each call."""
+    for row in book.rows:
+        if row["samples_per_second"] is None:
+            continue
+        if not row.get("one_nanoseconds") or not row.get("batch_nanoseconds"):
+            book.lacks(row, "rows without the time of each call")
+            continue
+        for key, value in exported(row).items():
+            book.same(book.where(row), key, row[key], value)
+
+
+def exported(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the latencies of one text and the rate with 64 at once of a row of results/export.json.
+
+    Args:
+        row: With the packed `one_nanoseconds` and `batch_nanoseconds`, and `repeats`.
+    """
+    one = latencies(packing.unpack(row["one_nanoseconds"]), row["repeats"], 1)
+    many = latencies(packing.unpack(row["batch_nanoseconds"]), row["repeats"], 64)
+    return {**one, "samples_per_second": many["samples_per_second"]}
 
 
 def int4_step(book: Record) -> None:

@@ -25,6 +25,7 @@ from . import (
     compare,
     completion,
     evaluate,
+    export,
     finetune,
     merge,
     plan,
@@ -41,7 +42,7 @@ from .experiment import in_options
 from .terminal import say
 
 COMMANDS: tuple[Command, ...] = (
-    *(presets, plan, finetune, evaluate, predict, compare, search, merge, zip_command, push),
+    *(presets, plan, finetune, evaluate, predict, compare, search, merge, export, zip_command, push),
     *(rerun, run_notebooks, check, completion),
 )
 """All commands, in the order in which the help lists them."""

@@ -316,7 +316,8 @@ def _follow_mask(model: nn.Module, heads: Sequence[str]) -> None:
     def pick(_: nn.Module, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor | None:
         if not last or logits.dim() != 3:  # the class gives its head one state per text
             return None
-        chosen = logits[torch.arange(len(logits), device=logits.device), last.pop()]
+        rows = torch.arange(logits.shape[0], device=logits.device)  # len() would be a constant in a traced graph
+        chosen = logits[rows, last.pop()]
         return chosen.unsqueeze(1).expand_as(logits)  # whichever column the class takes
 
     model.register_forward_pre_hook(begin, with_kwargs=True)

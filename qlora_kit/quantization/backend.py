@@ -34,6 +34,22 @@ class LinearStorage(NamedTuple):
     table_bytes: int
 
 
+class FourBits(NamedTuple):
+    """A layer's frozen weight as codes of four bits, on the CPU: `levels[code] * scale of its block`.
+
+    Attributes:
+        packed: uint8, [ceil(size / 2)]: two codes per byte, the first in the upper half.
+        levels: float32, [16].
+        scales: float32, [ceil(size / block_size)].
+        block_size: Weights per scale; they follow each other in the flat `[out_features, in_features]` weight.
+    """
+
+    packed: torch.Tensor
+    levels: torch.Tensor
+    scales: torch.Tensor
+    block_size: int
+
+
 class Backend:
     """A way to store frozen linear layers. A subclass must define the methods that raise NotImplementedError here.
 
@@ -109,6 +125,10 @@ class Backend:
     def dense_weight(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return a layer's weight as numbers, `[out_features, in_features]` in `dtype`."""
         raise NotImplementedError
+
+    def four_bits(self, layer: Any) -> FourBits | None:
+        """Return a layer's weight as its codes, for an export that keeps them; None if it has no such codes."""
+        return None
 
     def fuses(self, layer: Any) -> bool:
         """Return whether `kernels.fused_lora` may compute an adapted layer from `dense_weight`."""

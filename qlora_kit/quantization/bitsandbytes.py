@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from ..config.quantization import NESTED_BLOCK_SIZE, SCHEMES, Quantization
 from ..errors import KitError
 from ..system.safe_bitsandbytes import MatMul8bitFp, bnb, keep_weights_as_stored_
 from ..system.subclasses import subclass
-from .backend import Backend, LinearStorage, register
+from .backend import Backend, FourBits, LinearStorage, register
 from .layers import quantizable, why_table_whole
 from .packed import Stored, triton_kernel
 
@@ -320,13 +320,17 @@ def dequantized(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.T
         stored = Stored(packed, state.absmax, nested, offset, state.blocksize, math.prod(state.shape))
         values: torch.Tensor = kernel(stored, state.code, scale_levels, dtype)
         return values.view(state.shape)
-    absmax = state.absmax
-    if state.nested:
-        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
     weight: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed, absmax, state.blocksize, state.quant_type, state.shape, dtype
+        packed, _scales(state), state.blocksize, state.quant_type, state.shape, dtype
     )
     return weight
+
+
+def _scales(state: Any) -> torch.Tensor:
+    """Return the float32 scales of a `QuantState`'s blocks."""
+    if not state.nested:
+        return cast(torch.Tensor, state.absmax)
+    return cast(torch.Tensor, bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset)
 
 
 class BitsAndBytes(Backend):
@@ -389,6 +393,13 @@ class BitsAndBytes(Backend):
     def dense_weight(self, layer: Any, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize a 4-bit weight."""
         return dequantized(layer.weight.data, layer.weight.quant_state, dtype)
+
+    def four_bits(self, layer: Any) -> FourBits | None:
+        """Return the codes of a 4-bit weight."""
+        if isinstance(layer, bnb.nn.Linear8bitLt):
+            return None
+        state = layer.weight.quant_state
+        return FourBits(layer.weight.data.flatten().cpu(), state.code.cpu(), _scales(state).cpu(), state.blocksize)
 
     def fuses(self, layer: Any) -> bool:
         """Return whether a layer is 4-bit: 8-bit layers multiply integers and have no dense weight."""

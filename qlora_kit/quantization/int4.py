@@ -26,13 +26,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config.quantization import NESTED_BLOCK_SIZE, SCHEMES, Quantization
 from ..errors import KitError
-from .backend import Backend, LinearStorage
+from .backend import Backend, FourBits, LinearStorage
 from .backend import register as register_backend
 from .codebooks import codebook, dynamic_codebook
 from .layers import quantizable
 from .packed import TRITON_CAPABILITY as TRITON_CAPABILITY
 from .packed import Stored, dequantize_plain, triton_kernel
-from .reference import quantize
+from .reference import block_scales, quantize
 
 
 @functools.cache
@@ -392,6 +392,12 @@ class Int4(Backend):
         """Dequantize the weight."""
         weight: torch.Tensor = layer.dequantize(dtype)
         return weight
+
+    def four_bits(self, layer: Any) -> FourBits:
+        """Return the codes of the weight."""
+        stored: Stored = layer.stored
+        scales = block_scales(stored.absmax, stored.nested_absmax, stored.offset)
+        return FourBits(stored.packed.cpu(), codebook("int4"), scales.cpu(), stored.block_size)
 
     def lora_layers(self, config: LoraConfig) -> LoraConfig:
         """Set the LoRA layer for int4 layers: see `register`."""

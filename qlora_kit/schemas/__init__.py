@@ -21,7 +21,7 @@ from ..system.parsing import read_json, refuse_newer
 # results/ files whose rows have a schema; other files are only checked for the common structure.
 RESULTS = (
     *("accuracy", "tuning", "schemes", "memory", "quantization", "speed", "inference", "architectures"),
-    *("int4_step", "t4", "paging", "merging"),
+    *("int4_step", "t4", "paging", "merging", "export"),
 )
 OF_A_RUN = ("training.json", "evaluation.json")
 _RECORD = re.compile(r"\d\d_\w+")
@@ -67,6 +67,8 @@ def schema_of(path: Path) -> str | None:
         return path.name
     if is_of_results(path):
         return of_results(path.stem)
+    if path.name == "export.json" and (path.parent / "classifier.py").is_file():
+        return "export.json"
     return "record.json" if _RECORD.fullmatch(path.stem) else None
 
 

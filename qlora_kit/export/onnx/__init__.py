@@ -1,0 +1,3 @@
+"""Export a run for ONNX Runtime."""
+
+from .exporting import export as export
