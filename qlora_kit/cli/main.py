@@ -24,6 +24,7 @@ from . import (
     check,
     compare,
     completion,
+    demo,
     evaluate,
     finetune,
     merge,
@@ -40,7 +41,7 @@ from .command import Command
 from .terminal import say
 
 COMMANDS: tuple[Command, ...] = (
-    *(presets, plan, finetune, evaluate, predict, compare, search, merge, zip_command, push),
+    *(presets, plan, finetune, evaluate, predict, demo, compare, search, merge, zip_command, push),
     *(rerun, run_notebooks, check, completion),
 )
 """All commands, in the order in which the help lists them."""
