@@ -20,7 +20,7 @@ SHOWN_ROWS = 10
 """Rows of a labelled file that are shown; the file to download has all."""
 
 CSS = """
-.gradio-container main { max-width: 60rem; margin: 0 auto; }
+.gradio-container main { max-width: 60rem; margin-inline: auto !important; }
 .qk { overflow-wrap: anywhere; line-height: 1.5; }
 .qk h1 { font-size: 1.5rem; font-weight: 600; margin: 0 0 .25rem; }
 .qk h2 { font-size: 1rem; font-weight: 600; margin: 1.25rem 0 .5rem; }
@@ -131,18 +131,18 @@ def answer(found: Predictions, near: Sequence[Near], training: TrainingTexts) ->
 def _near(near: Sequence[Near], training: TrainingTexts) -> str:
     if training.problem:
         return f'<p class="note">They cannot be shown: {shown(training.problem)}</p>'
-    if not training.ready:
-        of = f"{training.done:,} of {len(training.texts):,}" if training.texts else "none"
-        return f'<p class="note">They are being read: {of} so far. Ask again in a moment.</p>'
+    if not near:
+        return '<p class="note">None of them is read yet: ask again in a moment.</p>'
     rows = "".join(
         f'<li>{shown(one_line(item.text, 300))}<br><span class="quiet">{_name(item.label)}, '
         f"similarity {item.cosine:.2f}</span></li>"
         for item in near
     )
-    of = f"{len(training.texts):,} of the {training.of:,}" if training.of > len(training.texts) else f"{training.of:,}"
+    of = f"{training.of:,}" if training.done == training.of else f"{training.done:,} of the {training.of:,}"
+    reading = " The others are still being read." if training.done < len(training.texts) else ""
     return (
         f'<ol class="near">{rows}</ol><p class="quiet">Of {of} texts that it was trained on, by the cosine of the '
-        "trained model's states.</p>"
+        f"trained model's states.{reading}</p>"
     )
 
 

@@ -93,6 +93,7 @@ def labelled(
         results += [[_cell(cell) for cell in row] for row in frame.itertuples(index=False)]
         rejected += sum(label is None for label in found.labels)
         step(len(results), len(texts))
+        shared.give_way()
     while set(added) & set(table.columns):
         added = [f"predicted_{name}" for name in added]
     plain = [[*table.columns, *added]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ from ..run import Run
 from ..runs.predictor import Predictions
 from ..system.devices import default_device
 
-CHUNK = 256
+CHUNK = 64
 """Texts at a time where there are many: a question that comes meanwhile waits for one chunk."""
 MOST_TRAINING_TEXTS = 20_000
-"""The most training texts that a text is compared with; of more, as many are taken evenly from all of them."""
+"""The most training texts that a text is compared with; of more, as many are drawn."""
 
 
 class SharedRun:
@@ -35,6 +36,7 @@ class SharedRun:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._lock = threading.Lock()
+        self._asking, self._asked = threading.Condition(), 0
         run.load()
 
     def predict(self, texts: Sequence[str], reject_below: float | None = None) -> Predictions:
@@ -49,6 +51,23 @@ class SharedRun:
         """
         with self._lock:
             return self.run.predict(list(texts), reject_below=reject_below)
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Go before whoever has many chunks, within a block: between two of them they give way."""
+        with self._asking:
+            self._asked += 1
+        try:
+            yield
+        finally:
+            with self._asking:
+                self._asked -= 1
+                self._asking.notify_all()
+
+    def give_way(self) -> None:
+        """Wait until nobody goes first."""
+        with self._asking:
+            self._asking.wait_for(lambda: not self._asked)
 
     def directions(self, texts: Sequence[str]) -> np.ndarray:
         """Return the trained model's pooled states of texts, each of length 1, float32 `[texts, hidden]`."""
@@ -86,8 +105,8 @@ class TrainingTexts:
     Attributes:
         problem: Why there are none to compare with, in a line; empty if there are.
         of: How many training texts there are in all.
-        texts: Those that are compared with.
-        done: For how many of them the states are there.
+        texts: Those that are compared with, in a random order, so that the first of them have all kinds of labels.
+        done: For how many of them the states are there; a text is compared with these.
     """
 
     def __init__(self, shared: SharedRun) -> None:
@@ -96,12 +115,6 @@ class TrainingTexts:
         self.texts: tuple[str, ...] = ()
         self._labels: list[str] = []
         self._directions = np.zeros((0, 0), np.float32)
-        self._read = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether a text can be compared with all of them."""
-        return self._read and not self.problem and self.done == len(self.texts)
 
     def read(self, stop: threading.Event) -> None:
         """Read the rows and compute their states, chunk by chunk; a reason why that cannot be is kept as `problem`.
@@ -111,30 +124,34 @@ class TrainingTexts:
         """
         try:
             data = data_of(self._shared.run)
-            split, self.of = data.train, len(data.train)
-            if self.of > MOST_TRAINING_TEXTS:
-                split = split.take(np.linspace(0, self.of - 1, MOST_TRAINING_TEXTS).astype(int).tolist())
+            self.of = len(data.train)
+            order = np.random.default_rng(0).permutation(self.of)[:MOST_TRAINING_TEXTS]
+            split = data.train.take(order.tolist())
             self.texts, self._labels = split.texts, [data.label_names[label] for label in split.labels]
-            self._read = True
-            parts = []
             for start in range(0, len(self.texts), CHUNK):
                 if stop.is_set():
                     return
-                parts.append(self._shared.directions(self.texts[start : start + CHUNK]))
-                self._directions = np.concatenate(parts) if start + CHUNK >= len(self.texts) else self._directions
-                self.done = min(start + CHUNK, len(self.texts))
+                found = self._shared.directions(self.texts[start : start + CHUNK])
+                if not start:
+                    self._directions = np.zeros((len(self.texts), found.shape[1]), np.float32)
+                self._directions[start : start + len(found)] = found
+                self.done = start + len(found)
+                self._shared.give_way()
         except (KitError, OSError) as error:
             self.problem = " ".join(str(error).split())
         except Exception as error:  # of a thread, so that nobody else would hear of it
             self.problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
 
     def nearest(self, text: str, count: int) -> list[Near]:
-        """Return the training texts most similar to a text, the nearest first.
+        """Return the training texts most similar to a text, the nearest first; none before any is read.
 
         Args:
             text: The text.
             count: How many.
         """
-        cosines = self._directions @ self._shared.directions([text])[0]
+        done = self.done
+        if not done:
+            return []
+        cosines = self._directions[:done] @ self._shared.directions([text])[0]
         order = np.argsort(-cosines, kind="stable")[:count]
         return [Near(self.texts[row], self._labels[row], float(cosines[row])) for row in order]

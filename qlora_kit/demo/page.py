@@ -36,8 +36,9 @@ def make_page(
         if not (text or "").strip():
             return answers.problem("There is no text yet: write one, then ask.")
         try:
-            found = shared.predict([text], limit or None)
-            near = training.nearest(text, answers.TOP) if training.ready else []
+            with shared.first():
+                found = shared.predict([text], limit or None)
+                near = training.nearest(text, answers.TOP)
         except KitError as error:
             return answers.problem(str(error))
         return answers.answer(found, near, training)
@@ -101,6 +102,7 @@ def make_page(
                 elem_id="file",
                 height=140,
             )
+            _refuse_addresses(file)
             # A name that is not there is refused in the kit's own words, so any is let through.
             column = gr.Dropdown(label="Column of the texts", visible=False, allow_custom_value=True, elem_id="column")
             ask_file = gr.Button("Label its rows", variant="primary", elem_id="ask-file")
@@ -111,6 +113,17 @@ def make_page(
         file.change(choose, file, [column, file_answer, result], **hidden)
         ask_file.click(label_file, [file, column, limit], [file_answer, result], **hidden)
     return page
+
+
+def _refuse_addresses(file: Any) -> None:
+    """Keep a file field from downloading: Gradio fetches a file that a request names by an address of the web."""
+    moved = file.async_move_resource_to_block_cache
+
+    async def from_here(path: Any) -> Any:
+        # Gradio refuses the request where there is no path.
+        return None if "://" in str(path) else await moved(path)
+
+    file.async_move_resource_to_block_cache = from_here
 
 
 def _told(error: Exception, file: str) -> str:

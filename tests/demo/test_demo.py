@@ -63,9 +63,9 @@ def shared(run: qk.Run) -> SharedRun:
 
 def test_the_nearest_training_text_of_a_training_text_is_itself(shared: SharedRun):
     training = TrainingTexts(shared)
-    assert not training.ready
+    assert training.nearest("a", 5) == []
     training.read(threading.Event())
-    assert training.ready and not training.problem
+    assert training.done == training.of == len(training.texts) == shared.run.training["rows"]["train"]
     text = training.texts[3]
     near = training.nearest(text, 5)
     assert near[0].cosine == pytest.approx(1, abs=1e-4)
@@ -74,6 +74,36 @@ def test_the_nearest_training_text_of_a_training_text_is_itself(shared: SharedRu
     assert all(item.label in LABELS for item in near)
     norms = np.linalg.norm(shared.directions(["a", "b c"]), axis=1)
     np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_before_all_are_read_a_text_is_compared_with_those_that_are(shared: SharedRun, monkeypatch):
+    monkeypatch.setattr("qlora_kit.demo.model.CHUNK", 10)
+    training, stop = TrainingTexts(shared), threading.Event()
+    monkeypatch.setattr(shared, "give_way", lambda: stop.set() if training.done == 20 else None)
+    training.read(stop)
+    near = training.nearest("a b", 30)
+    assert training.done == 20 and len(near) == 20 and {item.text for item in near} <= set(training.texts[:20])
+    html = answers.answer(shared.predict(["a b"]), near, training)
+    assert f"Of 20 of the {training.of} texts" in html and "The others are still being read." in html
+    monkeypatch.setattr("qlora_kit.demo.model.MOST_TRAINING_TEXTS", 7)
+    few = TrainingTexts(shared)
+    few.read(threading.Event())
+    assert few.done == len(few.texts) == 7 and few.of == training.of
+
+
+def test_a_question_goes_before_the_next_chunk(shared: SharedRun, monkeypatch):
+    monkeypatch.setattr("qlora_kit.demo.model.CHUNK", 1)
+    training = TrainingTexts(shared)
+    reading = threading.Thread(target=training.read, args=[threading.Event()])
+    with shared.first():
+        reading.start()
+        while training.done == 0:
+            time.sleep(0.001)
+        for _ in range(3):
+            shared.predict(["a b"])
+        assert training.done == 1
+    reading.join()
+    assert training.done == len(training.texts)
 
 
 def test_where_the_data_is_not_what_it_was_the_page_says_so_and_answers(shared: SharedRun, monkeypatch):
@@ -85,7 +115,7 @@ def test_where_the_data_is_not_what_it_was_the_page_says_so_and_answers(shared: 
     monkeypatch.setattr(model, "data_of", gone)
     training = TrainingTexts(shared)
     training.read(threading.Event())
-    assert not training.ready
+    assert training.nearest("a", 5) == []
     html = answers.answer(shared.predict(["a b"]), [], training)
     assert "They cannot be shown: the rows are &lt;b&gt;gone&lt;/b&gt;" in html
     assert html.count("<dt>") == 5
@@ -302,7 +332,7 @@ def test_hostile_labels_and_texts_are_shown_and_do_not_run(served, page: Page, w
     url, _ = served
     for _ in range(100):
         said = ask(page, url, ALL_OF_IT, width)
-        if "being read" not in said:
+        if "similarity" in said and "being read" not in said:
             break
         time.sleep(0.2)
     assert all(label in said for label in LABELS)  # five labels, so all of them are among the first five
@@ -361,6 +391,22 @@ def test_no_other_file_is_handed_out(served, run: qk.Run):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"{url}/gradio_api/{path}")
         assert error.value.code == 403, path
+
+
+@pytest.mark.long
+def test_no_address_that_a_request_names_is_fetched(shared: SharedRun, tmp_path: Path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="no gradio (make test-demo has it)")
+    from qlora_kit.demo.page import make_page
+
+    async def fetched(address: str, **more: object) -> str:
+        raise AssertionError(f"{address} would be fetched")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", fetched)
+    page = make_page(shared, TrainingTexts(shared), tmp_path)
+    field = next(
+        block for block in page.blocks.values() if isinstance(block, gradio.File) and block.interactive is None
+    )
+    assert asyncio.run(field.async_move_resource_to_block_cache("https://example.org/rows.csv")) is None
 
 
 @pytest.mark.long
