@@ -19,6 +19,65 @@ MOST_CHARACTERS = 20_000
 """The longest text that the field takes; the model reads `data.max_length` tokens of it."""
 
 
+class _Buttons:
+    """What the page does when it is used; see `make_page` for the arguments."""
+
+    def __init__(self, shared: SharedRun, training: TrainingTexts, folder: Path) -> None:
+        self._shared, self._training, self._folder = shared, training, folder
+
+    def classify(self, text: str, limit: float) -> str:
+        """Answer the button of the first tab."""
+        if not (text or "").strip():
+            return answers.problem("There is no text yet: write one, then ask.")
+        try:
+            with self._shared.first():
+                found = self._shared.predict([text], limit or None)
+                near = self._training.nearest(text, answers.TOP)
+        except KitError as error:
+            return answers.problem(str(error))
+        return answers.answer(found, near, self._training)
+
+    def choose(self, file: str | None) -> tuple[Any, str, Any]:
+        """Read a file that was dropped in: offer its columns, and take away what was there of another."""
+        nothing = gr.update(choices=[], value=None, visible=False)
+        if file is None:
+            return nothing, "", gr.update(value=None, visible=False)
+        try:
+            expected = self._shared.run.experiment.data.text
+            table = read_whole(Path(file), expected)
+        except (KitError, OSError) as error:
+            return nothing, answers.problem(_told(error, file)), gr.update(value=None, visible=False)
+        column = gr.update(choices=table.columns, value=likely_column(table, expected), visible=True)
+        return column, "", gr.update(value=None, visible=False)
+
+    def label_file(
+        self,
+        file: str | None,
+        column: str | None,
+        limit: float,
+        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it here, and nowhere else
+    ) -> tuple[str, Any]:
+        """Answer the button of the second tab."""
+        if file is None:
+            return answers.problem("There is no file yet: drop one in, then ask."), gr.update(visible=False)
+        path = Path(file)
+        try:
+            table = read_whole(path, column)
+            done = labelled(
+                self._shared,
+                table,
+                column or likely_column(table, self._shared.run.experiment.data.text),
+                source=path.name,
+                reject_below=limit or None,
+                step=lambda rows, of: progress((rows, of), desc="Labels", unit="rows"),
+            )
+        except (KitError, OSError) as error:
+            return answers.problem(_told(error, file)), gr.update(value=None, visible=False)
+        target = Path(tempfile.mkdtemp(dir=self._folder)) / f"{path.name.split('.')[0] or 'rows'}_labelled.csv"
+        write_csv(done, target, marked=table.marked)
+        return answers.file_answer(done, target.name), gr.update(value=str(target), visible=True)
+
+
 def make_page(
     shared: SharedRun, training: TrainingTexts, folder: Path, *, reject_below: float = 0.0, host: str | None = None
 ) -> Any:
@@ -31,56 +90,7 @@ def make_page(
         reject_below: The limit that the page starts with, a probability; 0 gives every text a label.
         host: The address under which others reach the page; None where nobody else does.
     """
-
-    def classify(text: str, limit: float) -> str:
-        if not (text or "").strip():
-            return answers.problem("There is no text yet: write one, then ask.")
-        try:
-            with shared.first():
-                found = shared.predict([text], limit or None)
-                near = training.nearest(text, answers.TOP)
-        except KitError as error:
-            return answers.problem(str(error))
-        return answers.answer(found, near, training)
-
-    def choose(file: str | None) -> tuple[Any, str, Any]:
-        """Read a file that was dropped in: offer its columns."""
-        nothing = gr.update(choices=[], value=None, visible=False)
-        if file is None:
-            return nothing, "", gr.update(value=None, visible=False)
-        try:
-            expected = shared.run.experiment.data.text
-            table = read_whole(Path(file), expected)
-        except (KitError, OSError) as error:
-            return nothing, answers.problem(_told(error, file)), gr.update(value=None, visible=False)
-        column = gr.update(choices=table.columns, value=likely_column(table, expected), visible=True)
-        return column, "", gr.update(value=None, visible=False)
-
-    def label_file(
-        file: str | None,
-        column: str | None,
-        limit: float,
-        progress: Any = gr.Progress(),  # noqa: B008  Gradio finds it here, and nowhere else
-    ) -> tuple[str, Any]:
-        if file is None:
-            return answers.problem("There is no file yet: drop one in, then ask."), gr.update(visible=False)
-        path = Path(file)
-        try:
-            table = read_whole(path, column)
-            done = labelled(
-                shared,
-                table,
-                column or likely_column(table, shared.run.experiment.data.text),
-                source=path.name,
-                reject_below=limit or None,
-                step=lambda rows, of: progress((rows, of), desc="Labels", unit="rows"),
-            )
-        except (KitError, OSError) as error:
-            return answers.problem(_told(error, file)), gr.update(value=None, visible=False)
-        target = Path(tempfile.mkdtemp(dir=folder)) / f"{path.name.split('.')[0] or 'rows'}_labelled.csv"
-        write_csv(done, target, marked=table.marked)
-        return answers.file_answer(done, target.name), gr.update(value=str(target), visible=True)
-
+    does = _Buttons(shared, training, folder)
     hidden: dict[str, Any] = {"api_visibility": "private"}
     with gr.Blocks(title="Try a run", analytics_enabled=False) as page:
         gr.HTML(answers.head(shared.run, host))
@@ -108,10 +118,10 @@ def make_page(
             ask_file = gr.Button("Label its rows", variant="primary", elem_id="ask-file")
             file_answer = gr.HTML(elem_id="file-answer")
             result = gr.File(label="The file with labels", visible=False, interactive=False, elem_id="result")
-        ask.click(classify, [text, limit], answer, **hidden)
-        text.submit(classify, [text, limit], answer, **hidden)
-        file.change(choose, file, [column, file_answer, result], **hidden)
-        ask_file.click(label_file, [file, column, limit], [file_answer, result], **hidden)
+        ask.click(does.classify, [text, limit], answer, **hidden)
+        text.submit(does.classify, [text, limit], answer, **hidden)
+        file.change(does.choose, file, [column, file_answer, result], **hidden)
+        ask_file.click(does.label_file, [file, column, limit], [file_answer, result], **hidden)
     return page
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 from ..errors import KitError
 from ..run import Run
@@ -60,17 +61,12 @@ def serve(run: Run, *, host: str = "127.0.0.1", port: int | None = None, reject_
     Raises:
         KitError: When Gradio is not installed, the run cannot be loaded, or nothing can listen there.
     """
-    # What the environment says of Gradio (to share the page, say) is not asked: it would be said by nobody here.
-    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
-        del os.environ[name]
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    _silence_gradio()
     try:
-        import gradio as gr
+        import gradio  # noqa: F401  before anything is loaded
         import uvicorn
-        from fastapi import FastAPI
     except ImportError as error:
         raise KitError("the page needs the package gradio: pip install 'qlora_kit[demo]'") from error
-    from . import answers
     from .model import SharedRun, TrainingTexts
     from .page import make_page
 
@@ -81,32 +77,8 @@ def serve(run: Run, *, host: str = "127.0.0.1", port: int | None = None, reject_
         shared = SharedRun(run)
         training, stop = TrainingTexts(shared), threading.Event()
         page = make_page(shared, training, Path(name), reject_below=reject_below, host=None if only_here else host)
-        font = gr.themes.Font
-        # Fonts of the machine's own; greys and a blue that can be read on their grounds.
-        theme = gr.themes.Base(font=[font("system-ui"), font("sans-serif")], font_mono=[font("monospace")]).set(
-            body_text_color_subdued="*neutral_500",
-            block_info_text_color="*neutral_500",
-            button_primary_background_fill="*primary_600",
-        )
-        app = gr.mount_gradio_app(
-            FastAPI(openapi_url=None),
-            page,
-            path="/",
-            footer_links=[],
-            run_history=False,
-            allowed_paths=[],
-            show_error=False,
-            max_file_size=MOST_BYTES,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            theme=theme,
-            css=answers.CSS,
-        )
-        settings = uvicorn.Config(
-            Guard(app, Path(name), only_here=only_here), log_level="critical", timeout_graceful_shutdown=1, ws="none"
-        )
+        app = Guard(_application(page), Path(name), only_here=only_here)
+        settings = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, ws="none")
         reading = threading.Thread(target=training.read, args=[stop], daemon=True)
         reading.start()
         if not only_here:
@@ -118,6 +90,49 @@ def serve(run: Run, *, host: str = "127.0.0.1", port: int | None = None, reject_
         finally:
             stop.set()
             reading.join()
+
+
+def _silence_gradio() -> None:
+    """Set what Gradio reads from the environment: settings of the user's (to share, say) are for other pages."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+
+def _application(page: Any) -> Any:
+    """Return the page as an ASGI application: nothing shared, recorded or fetched, no file handed out but its own.
+
+    Args:
+        page: Gradio's `Blocks`.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from .answers import CSS
+
+    font = gr.themes.Font
+    # Fonts of the machine's own; greys and a blue that can be read on their grounds.
+    theme = gr.themes.Base(font=[font("system-ui"), font("sans-serif")], font_mono=[font("monospace")]).set(
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
+    )
+    return gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=MOST_BYTES,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme,
+        css=CSS,
+    )
 
 
 def _say(text: str) -> None:

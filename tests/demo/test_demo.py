@@ -20,6 +20,7 @@ from browser import Page, browser
 from conftest import ROOT
 
 import qlora_kit as qk
+from qlora_kit.cli.main import main
 from qlora_kit.config.experiment import Experiment
 from qlora_kit.config.sections import LoraSpec, ModelSpec, TrainingSpec
 from qlora_kit.data.whole import Whole, read_whole
@@ -200,6 +201,26 @@ def test_formulas_are_counted_and_the_file_can_be_read_again(shared: SharedRun, 
     assert found.columns[1] == "'=x" and found.rows[0][:2] == ["'=1+1", "-5"]
     with pytest.raises(FileExistsError):
         write_csv(found, tmp_path / "out.csv", marked=False)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_decoder_has_nearest_texts_too(tiny_experiment, topics: qk.TextData, tmp_path: Path, name: str):
+    run = qk.finetune(tiny_experiment(name, training__epochs=1), data=topics, out=tmp_path, progress=False)
+    training = TrainingTexts(SharedRun(run))
+    training.read(threading.Event())
+    assert training.problem == "" and training.done == len(training.texts) > 100
+    near = training.nearest(training.texts[5], 5)
+    assert training.texts[5] in [item.text for item in near] and near[0].cosine == pytest.approx(1, abs=1e-4)
+
+
+def test_without_gradio_a_line_says_how_to_get_it(run: qk.Run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(["demo", str(run.path)]) == 2
+    assert capsys.readouterr().err == "qlora_kit: the page needs the package gradio: pip install 'qlora_kit[demo]'\n"
+    assert main(["demo", str(run.path), "--reject-below", "50"]) == 2
+    assert capsys.readouterr().err == "qlora_kit: --reject-below is 50.0: allowed is 0 to 1\n"
 
 
 def asked(folder: Path, path: str, only_here: bool = True, **headers: str) -> int:
