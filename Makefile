@@ -37,7 +37,7 @@ MPNET := $(VENV)/.mpnet
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help venv smollm2 mpnet run-notebooks test test-long test-oldest test-newest test-colab test-colab-small lint format audit wheel docs figures colab clean
+.PHONY: help venv smollm2 mpnet run-notebooks test test-long test-demo test-oldest test-newest test-colab test-colab-small lint format audit wheel docs figures colab clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*##"} /^[a-z0-9-]+:.*##/ {printf "  make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,16 @@ test: $(SMOLLM2)  ## the tests that a change needs
 test-long: $(SMOLLM2)  ## what takes longer: kills, soak, seeds
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m long -n 2 --dist worksteal
 
+# Gradio allows no pillow 13, which constraints.txt has; so the page is tried with an older one, laid over .venv.
+test-demo: $(SMOLLM2)  ## the page of `qlora-kit demo`, in Chromium, with Gradio in .venv-demo, made anew
+	rm -rf .venv-demo
+	$(PY) -m venv .venv-demo
+	@.venv-demo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > .venv-demo/where
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$(cat .venv-demo/where)/below.pth"
+	.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-demo.txt
+	OMP_NUM_THREADS=1 .venv-demo/bin/python -m pytest -m "not gpu" -p no:cacheprovider tests/demo
+
 test-oldest:  ## the same on the oldest versions that pyproject.toml allows, in .venv-oldest
 	@$(MAKE) --no-print-directory test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS="$(TESTS)" \
 	  PACKAGES='-e ".[notebooks,search,smollm2]" hypothesis jsonschema pytest pytest-xdist websocket-client'
@@ -118,6 +128,7 @@ format: $(INSTALLED)  ## the code as ruff formats it
 
 audit: $(INSTALLED)  ## the pinned versions against the advisory databases (needs the network)
 	$(PY) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
+	$(PY) -m pip_audit --strict --no-deps --disable-pip -r constraints-demo.txt
 	$(PY) -m pip_audit --strict --no-deps --disable-pip -r requirements-embedded.txt
 
 wheel: $(INSTALLED)  ## dist/*.whl

@@ -87,9 +87,10 @@ def browser(folder: Path) -> Iterator[Page]:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no chromium on PATH (apt-get install chromium)")
-    # No name is resolved: a page has to do without a network, and at once.
+    # No name is resolved: a page has to do without a network, and at once. A server of the test's own is at 127.0.0.1.
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    options += ["--remote-debugging-port=0", "--remote-allow-origins=*", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    options += ["--remote-debugging-port=0", "--remote-allow-origins=*"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     options += [f"--user-data-dir={folder / 'profile'}"]
     with subprocess.Popen([program, *options, "about:blank"], stderr=subprocess.PIPE, text=True) as process:
         try:

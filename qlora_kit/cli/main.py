@@ -24,6 +24,7 @@ from . import (
     check,
     compare,
     completion,
+    demo,
     evaluate,
     export,
     finetune,
@@ -42,7 +43,7 @@ from .experiment import in_options
 from .terminal import say
 
 COMMANDS: tuple[Command, ...] = (
-    *(presets, plan, finetune, evaluate, predict, compare, search, merge, export, zip_command, push),
+    *(presets, plan, finetune, evaluate, predict, demo, compare, search, merge, export, zip_command, push),
     *(rerun, run_notebooks, check, completion),
 )
 """All commands, in the order in which the help lists them."""

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import KitError, unknown
 from ..system.arguments import TEXT, a_path, takes
 from .formats import format_of
-from .reading import _DELIMITERS, _bytes, _decoded, _json, existing_files
+from .reading import DELIMITERS, decoded, existing_files, json_of, raw_bytes
 from .tables import first_line, is_columns, short
 
 TEXT_NAMES = (
@@ -140,7 +140,7 @@ def read_columns(name: str | Path) -> Columns:
     elif ending == ".xlsx":
         cells = _of_excel(path)
     else:
-        content = _decoded(_bytes(path), str(path))
+        content = decoded(raw_bytes(path), str(path))
         if ending in (".csv", ".tsv"):
             cells = _of_csv(content, str(path), tsv=ending == ".tsv")
         else:
@@ -160,7 +160,7 @@ def _of_csv(content: str, source: str, *, tsv: bool) -> dict[str, list[Any]]:
     previous_limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
     try:
         first = "\t" if tsv else ","
-        for delimiter in (first, *(d for d in _DELIMITERS if d != first)):
+        for delimiter in (first, *(d for d in DELIMITERS if d != first)):
             stream = io.StringIO(content, newline="")
             # In a TSV file a quote is a character, as for the reader of rows.
             quoting = csv.QUOTE_NONE if tsv and delimiter == "\t" else csv.QUOTE_MINIMAL
@@ -185,9 +185,9 @@ def _of_csv(content: str, source: str, *, tsv: bool) -> dict[str, list[Any]]:
 def _of_json(content: str, source: str, *, lines: bool) -> dict[str, list[Any]]:
     if lines:
         numbered = enumerate(content.split("\n"), 1)
-        found: Any = [_json(line, f"{source}, line {number}") for number, line in numbered if line.strip()]
+        found: Any = [json_of(line, f"{source}, line {number}") for number, line in numbered if line.strip()]
     else:
-        found = _json(content, source)
+        found = json_of(content, source)
     if is_columns(found):
         return {str(name): list(values) for name, values in found.items()}
     if not isinstance(found, list) or not all(isinstance(row, Mapping) for row in found):

@@ -6,6 +6,7 @@ files are refused: a table without a named column, a TSV file with quotes.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -15,7 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from .tables import (
 )
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_DELIMITERS = (",", ";", "\t", "|")
+DELIMITERS = (",", ";", "\t", "|")
 
 
 def existing_files(name: str) -> list[Path] | None:
@@ -145,13 +146,14 @@ def _read_file(path: Path, text: str, label: str) -> Rows:
         return _read_parquet(path, text, label)
     if ending == ".xlsx":
         return _read_excel(path, text, label)
-    raw = _bytes(path)
+    raw = raw_bytes(path)
     if ending in (".csv", ".tsv"):
         return parse_csv(raw, str(path), text, label, tsv=ending == ".tsv")
     return (_parse_json_lines if ending == ".jsonl" else _parse_json)(raw, str(path), text, label)
 
 
-def _bytes(path: Path) -> bytes:
+def raw_bytes(path: Path) -> bytes:
+    """Return a file's bytes, unpacked if its name ends in `.gz`; refuse one that cannot be read or unpacked."""
     try:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
@@ -161,7 +163,7 @@ def _bytes(path: Path) -> bytes:
         raise KitError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _decoded(raw: bytes, source: str) -> str:
+def decoded(raw: bytes, source: str) -> str:
     """Decode a text file: UTF-8, with or without a byte order mark."""
     for mark, encoding in ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")):
         if raw.startswith(mark):
@@ -195,15 +197,51 @@ def parse_csv(raw: bytes, source: str, text: str, label: str, *, tsv: bool = Fal
     Raises:
         KitError: For a bad file or cell, with the line, counted from 1 as in an editor.
     """
-    content = _decoded(raw, source)
+    content = decoded(raw, source)
+    dialect, header_lines, columns = _csv_header(content, source, text, label, tsv)
+    text_at, label_at = columns.index(text), columns.index(label)
+    texts, labels, numbers = [], [], []
+    for number, cells in csv_rows(content, source, dialect, header_lines, columns):
+        texts.append(cells[text_at])
+        labels.append(cells[label_at].strip())
+        numbers.append(number)
+    rows = checked_rows(source, texts, labels, Places(source, "line", numbers), text, label)
+    _refuse_cut_off(raw, rows)
+    return rows
+
+
+@contextlib.contextmanager
+def cells_of_any_length(content: str) -> Iterator[None]:
+    """Let the csv module read cells as long as the file within a block."""
     previous_limit = csv.field_size_limit(max(csv.field_size_limit(), len(content) + 1))
     try:
-        dialect, header_lines, columns = _csv_header(content, source, text, label, tsv)
+        yield
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def csv_rows(
+    content: str, source: str, dialect: Mapping[str, Any], header_lines: int, columns: Sequence[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows below the header of a CSV or TSV file, each with the number of the line where it starts.
+
+    Args:
+        content: The whole file.
+        source: Its name in messages.
+        dialect: Options of `csv.reader`.
+        header_lines: The header's last line, counted from 1.
+        columns: The header's names.
+
+    Yields:
+        The line, counted from 1 as in an editor, and as many cells as there are columns.
+
+    Raises:
+        KitError: For a row with more or fewer cells, or with a quote that is not rightly closed.
+    """
+    plain_quotes = dialect["quoting"] == csv.QUOTE_NONE
+    start = 1
+    with cells_of_any_length(content):
         reader = csv.reader(io.StringIO(content, newline=""), **dialect)
-        text_at, label_at = columns.index(text), columns.index(label)
-        plain_quotes = dialect["quoting"] == csv.QUOTE_NONE
-        texts, labels, numbers = [], [], []
-        start = 1
         try:
             for cells in reader:
                 number, start = start, reader.line_num + 1
@@ -219,26 +257,19 @@ def parse_csv(raw: bytes, source: str, text: str, label: str, *, tsv: bool = Fal
                         f"{source}, line {number}: {len(cells)} columns where the header has {len(columns)}; a "
                         f"text with a {dialect['delimiter']!r}, a quote or a line break in it must {needs}"
                     )
-                texts.append(cells[text_at])
-                labels.append(cells[label_at].strip())
-                numbers.append(number)
+                yield number, cells
         except csv.Error as error:
             raise KitError(
                 f"{source}, line {start}: a double quote is opened and never rightly closed ({error}); "
                 'a quote within a quoted text is written twice: ""'
             ) from error
-    finally:
-        csv.field_size_limit(previous_limit)
-    rows = checked_rows(source, texts, labels, Places(source, "line", numbers), text, label)
-    _refuse_cut_off(raw, rows)
-    return rows
 
 
 def _csv_header(content: str, source: str, text: str, label: str, tsv: bool) -> tuple[dict[str, Any], int, list[str]]:
     """Find the CSV dialect whose header has both columns; return its options, the header's last line, the columns."""
     seen: list[list[str]] = []
     first = "\t" if tsv else ","
-    for delimiter in (first, *(d for d in _DELIMITERS if d != first)):
+    for delimiter in (first, *(d for d in DELIMITERS if d != first)):
         quoting = csv.QUOTE_NONE if tsv and delimiter == "\t" else csv.QUOTE_MINIMAL
         dialect = {"delimiter": delimiter, "quoting": quoting, "strict": True}
         reader = csv.reader(io.StringIO(content, newline=""), **dialect)  # type: ignore[arg-type]
@@ -295,15 +326,15 @@ def _refuse_cut_off(raw: bytes, rows: Rows) -> None:
 def _parse_json_lines(raw: bytes, source: str, text: str, label: str) -> Rows:
     records, numbers = [], []
     # Not splitlines: a text may contain U+2028, which JSON does not escape.
-    for number, line in enumerate(_decoded(raw, source).split("\n"), 1):
+    for number, line in enumerate(decoded(raw, source).split("\n"), 1):
         if line.strip():
-            records.append(_json(line, f"{source}, line {number}"))
+            records.append(json_of(line, f"{source}, line {number}"))
             numbers.append(number)
     return _rows_of_records(records, text, label, source, Places(source, "line", numbers))
 
 
 def _parse_json(raw: bytes, source: str, text: str, label: str) -> Rows:
-    content = _json(_decoded(raw, source), source)
+    content = json_of(decoded(raw, source), source)
     if isinstance(content, list) and content:
         return _rows_of_records(content, text, label, source, numbered(source, content))
     if not is_columns(content):
@@ -319,7 +350,7 @@ def _rows_of_records(records: Sequence[Any], text: str, label: str, source: str,
     return checked_rows(source, texts, labels, places, text, label)
 
 
-def _json(content: str, where: str) -> Any:
+def json_of(content: str, where: str) -> Any:
     """Parse JSON; refuse a name that occurs twice in one object (Python would take the last)."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -352,8 +383,15 @@ def _read_parquet(path: Path, text: str, label: str) -> Rows:
         raise KitError(f"{path} cannot be read as Parquet: it is damaged or cut off ({first_line(error)})") from error
 
 
-def _read_excel(path: Path, text: str, label: str) -> Rows:
-    """Read the one sheet that has both columns; its first non-empty row is the header."""
+def sheets_of(path: Path) -> dict[str, list[tuple[int, tuple[Any, ...]]]]:
+    """Return the rows of an Excel file's sheets that have a cell, by the sheet's title, each with its number.
+
+    Args:
+        path: The file.
+
+    Raises:
+        KitError: When openpyxl is not installed, or the file is damaged.
+    """
     try:
         import openpyxl
     except ImportError as error:
@@ -368,7 +406,13 @@ def _read_excel(path: Path, text: str, label: str) -> Rows:
         book.close()
     except Exception as error:  # a zip of XML files: its errors have no common base class
         raise KitError(f"{path} cannot be read as Excel: it is damaged or cut off ({first_line(error)})") from error
-    headers = {title: [_header(cell) for cell in rows[0][1]] for title, rows in sheets.items() if rows}
+    return sheets
+
+
+def _read_excel(path: Path, text: str, label: str) -> Rows:
+    """Read the one sheet that has both columns; its first non-empty row is the header."""
+    sheets = sheets_of(path)
+    headers = {title: [header_cell(cell) for cell in rows[0][1]] for title, rows in sheets.items() if rows}
     if not headers:
         raise KitError(f"{path} is empty")
     fitting = [title for title, columns in headers.items() if {text, label} <= set(columns)]
@@ -383,7 +427,8 @@ def _read_excel(path: Path, text: str, label: str) -> Rows:
     return checked_rows(str(path), texts, labels, places, text, label)
 
 
-def _header(cell: Any) -> str:
+def header_cell(cell: Any) -> str:
+    """Return a column's name from the cell of an Excel file's header."""
     return "" if cell is None else str(cell).strip()
 
 

@@ -276,45 +276,67 @@ def _text(item: Any, place: int) -> str:
 # ---- cells ----
 
 
+def checked_texts(source: str, texts: Sequence[Any], places: Sequence[str], text: str) -> list[str]:
+    """Check every cell of a column of texts; the error names the first bad row and counts the others.
+
+    Args:
+        source: The table's name in messages.
+        texts: The cells.
+        places: Each row's position, for messages.
+        text: The column's name.
+
+    Returns:
+        Plain Python strings.
+
+    Raises:
+        KitError: For a table without rows, and for a cell that is missing, empty, no text or no valid Unicode.
+    """
+    if not texts:
+        raise KitError(f"{source} has no rows")
+    rows = range(len(texts))
+    _refuse([i for i in rows if _missing(texts[i])], places, f"no text in column {text!r}")
+    bad = [i for i in rows if not isinstance(texts[i], str)]
+    if bad:
+        kind = type(texts[bad[0]]).__name__
+        _refuse(bad, places, f"column {text!r} holds {texts[bad[0]]!r:.60} ({kind}), which is no text")
+    _refuse([i for i in rows if not as_seen(texts[i]).strip()], places, f"the text in column {text!r} is empty")
+    _refuse([i for i in rows if "\0" in texts[i]], places, f"the text in column {text!r} holds a NUL character")
+    _refuse([i for i in rows if not _encodable(texts[i])], places, f"the text in column {text!r} is no valid Unicode")
+    return [str(item) for item in texts]
+
+
+def _refuse(bad: Sequence[int], places: Sequence[str], problem: str) -> None:
+    """Refuse the rows at `bad`, if there are any: the first one by its place."""
+    if bad:
+        more = f" ({len(bad) - 1} more such row{'s' if len(bad) > 2 else ''})" if len(bad) > 1 else ""
+        raise KitError(f"{places[bad[0]]}: {problem}{more}")
+
+
 def checked_rows(
     source: str, texts: list[Any], labels: list[Any], places: Sequence[str], text: str, label: str
 ) -> Rows:
     """Check every cell; the error names the first bad row and counts the others."""
-    if not texts:
-        raise KitError(f"{source} has no rows")
-
-    def refuse(bad: list[int], problem: str) -> None:
-        if bad:
-            more = f" ({len(bad) - 1} more such row{'s' if len(bad) > 2 else ''})" if len(bad) > 1 else ""
-            raise KitError(f"{places[bad[0]]}: {problem}{more}")
-
+    checked = checked_texts(source, texts, places, text)
     rows = range(len(texts))
-    refuse([i for i in rows if _missing(texts[i])], f"no text in column {text!r}")
-    bad = [i for i in rows if not isinstance(texts[i], str)]
-    if bad:
-        kind = type(texts[bad[0]]).__name__
-        refuse(bad, f"column {text!r} holds {texts[bad[0]]!r:.60} ({kind}), which is no text")
-    refuse([i for i in rows if not as_seen(texts[i]).strip()], f"the text in column {text!r} is empty")
-    refuse([i for i in rows if "\0" in texts[i]], f"the text in column {text!r} holds a NUL character")
-    refuse([i for i in rows if not _encodable(texts[i])], f"the text in column {text!r} is no valid Unicode")
     missing = [i for i in rows if _missing(labels[i]) or (isinstance(labels[i], str) and not labels[i])]
-    refuse(missing, f"no label in column {label!r}")
+    _refuse(missing, places, f"no label in column {label!r}")
     kinds = Counter(_kind(value) for value in labels)
     bad = [i for i in rows if _kind(labels[i]) is None]
     if bad:
         value = labels[bad[0]]
-        refuse(bad, f"label {value!r:.60} ({type(value).__name__}); labels are text or whole numbers")
+        _refuse(bad, places, f"label {value!r:.60} ({type(value).__name__}); labels are text or whole numbers")
     if len(kinds) > 1:
         usual = kinds.most_common(1)[0][0]
         bad = [i for i in rows if _kind(labels[i]) != usual]
-        refuse(bad, f"label {labels[bad[0]]!r:.60} where most labels are {usual}: make them one type")
+        _refuse(bad, places, f"label {labels[bad[0]]!r:.60} where most labels are {usual}: make them one type")
     names = [value.strip() if isinstance(value, str) else str(value) for value in labels]
-    refuse([i for i in rows if not as_seen(names[i]).strip()], f"the label in column {label!r} is empty")
-    refuse(
+    _refuse([i for i in rows if not as_seen(names[i]).strip()], places, f"the label in column {label!r} is empty")
+    _refuse(
         [i for i in rows if "\0" in names[i] or not _encodable(names[i])],
+        places,
         f"label {label!r} is no valid Unicode",
     )
-    return Rows(source, [str(item) for item in texts], [str(name) for name in names], places)
+    return Rows(source, checked, [str(name) for name in names], places)
 
 
 def _kind(label: Any) -> str | None:
