@@ -55,7 +55,7 @@ def test_texts_of_the_users_rows_are_left_out_and_the_run_opens_and_predicts(res
     (told,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert told == (
         f"What may quote your texts is left out of {made}, in these files or with them: 03_evaluate.ipynb, index.html, "
-        "predictions.csv, evaluation.json. --texts or texts=True includes it."
+        "predictions.csv, evaluation.json. texts=True includes it."
     )
     with zipfile.ZipFile(made) as archive:
         archive.extractall(tmp_path / "elsewhere")
