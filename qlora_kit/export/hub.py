@@ -64,6 +64,8 @@ def staged(run: Predictor, *, merged: bool = False, repo: str | None = None) -> 
 
 def _use(run: Predictor, folder: Path, repo: str | None) -> str:
     """Write what plain PEFT opens into a folder, if PEFT can open the run; return the card's lines."""
+    if Path(run.experiment.model.name).expanduser().is_dir():
+        return ADAPTER_USE  # nobody else has the base, and its folder's name is private
     try:
         return f"{ADAPTER_USE}\n\n{peft_files(run, folder, repo)}"
     except KitError as error:

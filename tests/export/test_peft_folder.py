@@ -46,10 +46,12 @@ for folder in sys.argv[2:]:
     model, tokenizer = scope["model"], scope["tokenizer"]
     found = []
     with torch.inference_mode():
-        for text in json.load(open(sys.argv[1])):
-            batch = tokenizer([text], truncation=True, max_length=128, return_tensors="pt")
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0]
-            found.append([model.config.id2label[int(logits.argmax())], logits.tolist()])
+        texts = json.load(open(sys.argv[1]))
+        for start in range(0, len(texts), 32):
+            some = texts[start : start + 32]
+            batch = tokenizer(some, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            found += [[model.config.id2label[int(row.argmax())], row.tolist()] for row in logits]
     kinds = sorted({type(module).__name__ for module in model.modules() if "4bit" in type(module).__name__})
     answers[folder] = {"rows": found, "kinds": kinds, "class": type(model).__name__}
 print("ANSWER " + json.dumps(answers))
