@@ -87,8 +87,8 @@ class Run(Predictor):
         least_equal: float = 1.0,
         progress: bool = True,
     ) -> dict[str, Any]:
-        """Write a folder that ONNX Runtime classifies with, and prove it row by row (see `export.onnx.export`)."""
-        from .export.onnx import export
+        """Write a folder for ONNX Runtime (`onnx`), proved row by row, or for `peft` (see `export.export`)."""
+        from .export.runtimes import export
 
         return export(
             self, runtime, to, weights=weights, embeddings=embeddings, least_equal=least_equal, progress=progress

@@ -17,3 +17,4 @@ from .merge import merge as merge
 from .merge import write_merged as write_merged
 from .modeling_pooled import PooledForSequenceClassification as PooledForSequenceClassification
 from .peft_folder import export_peft as export_peft
+from .runtimes import export as export

@@ -111,7 +111,7 @@ def test_plain_peft_opens_every_run_and_gives_its_labels(kinds, tiny_experiment,
         steps = {"training__max_steps": 2, "training__learning_rate": 0.05, "model__name": str(spread(name))}
         experiment = tiny_experiment(name, quantization__scheme=scheme, **steps, **changes)
         run = qk.finetune(experiment, data=topics, out=tmp_path / "runs", name=str(number), progress=False)
-        folder = export_peft(run, tmp_path / f"peft-{number}")
+        folder = Path(run.export("peft", tmp_path / f"peft-{number}")["folder"])
         assert (folder / "modeling_pooled.py").is_file() == with_code
         for written in (folder, run.path / "adapter"):
             config = read_json(written / "adapter_config.json")
@@ -253,6 +253,10 @@ def test_what_plain_peft_cannot_open_is_refused_in_one_line(tiny_experiment, top
     few = run(model__layers=1, model__pooling="sequence_classification")
     with pytest.raises(qk.KitError, match="PEFT would open all layers"):
         export_peft(few, tmp_path / "peft")
+    with pytest.raises(qk.KitError, match="weights, embeddings and least_equal are for the runtime onnx alone"):
+        few.export("peft", tmp_path / "peft", weights="fp32")
+    with pytest.raises(qk.KitError, match="Did you mean 'peft'"):
+        few.export("petf", tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     # It is pushed without what PEFT would open wrongly.
     with export.staged(few, repo="me/few") as folder:

@@ -23,7 +23,7 @@ from ...system.environment import environment
 from ...system.files import move_into_place, plain, saving, write_json, write_text
 from ...system.parsing import SCHEMA
 
-RUNTIMES = ("onnx",)
+RUNTIME = "onnx"
 WEIGHTS = ("as_trained", "fp32", "int8")
 EMBEDDINGS = ("fp32", "int8")
 # What the extra brings, by the names that are imported.
@@ -70,10 +70,9 @@ STORED = {
 }
 
 
-@takes(run=RUN, runtime=TEXT, to=a_path("served"), weights=TEXT, embeddings=TEXT, least_equal=SHARE, progress=FLAG)
+@takes(run=RUN, to=a_path("served"), weights=TEXT, embeddings=TEXT, least_equal=SHARE, progress=FLAG)
 def export(
     run: Predictor,
-    runtime: str,
     to: str | Path,
     *,
     weights: str = "as_trained",
@@ -81,15 +80,14 @@ def export(
     least_equal: float = 1.0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a run as a folder that another runtime classifies with, and compare it with the run row by row.
+    """Write a run as a folder that ONNX Runtime classifies with on a CPU, and compare it with the run row by row.
 
     The folder needs nothing of the kit: `model.onnx`, the tokenizer, `labels.json`, `settings.json`, `classifier.py`
-    (an estimator of scikit-learn), `export.json` and a README.md with the few lines that use it.
+    (an estimator of scikit-learn), `export.json` and a README.md with the few lines that use it. Writing it needs
+    `pip install "qlora_kit[export]"`; where it is used, onnxruntime, tokenizers and numpy are enough.
 
     Args:
         run: A finished run.
-        runtime: `onnx`: ONNX Runtime on a CPU. It needs `pip install "qlora_kit[export]"` here; where the folder is
-            used, onnxruntime, tokenizers and numpy.
         to: A folder that does not exist, or is empty.
         weights: How the weights are stored. `as_trained`: the frozen ones as their 4-bit codes, adapters and head
             beside them; the runtime makes fp32 of them once, when it opens the file. `fp32`: the same numbers, written
@@ -107,12 +105,11 @@ def export(
         `start_seconds`, `device`, `environment` and more.
 
     Raises:
-        KitError: For an unknown runtime or an unknown way to store; when a package is missing, `to` is there, the data
+        KitError: For an unknown way to store; when a package is missing, `to` is there, the data
             is no longer what the run was trained on, the base cannot be traced, or the run's scheme cannot be exported;
             and when fewer rows are equal than `least_equal`.
     """
     for what, name, allowed in (
-        ("runtime", runtime, RUNTIMES),
         ("way to store weights", weights, WEIGHTS),
         ("way to store embeddings", embeddings, EMBEDDINGS),
     ):
@@ -137,7 +134,7 @@ def export(
             report = {
                 "schema": SCHEMA,
                 "name": run.experiment.name,
-                "runtime": runtime,
+                "runtime": RUNTIME,
                 "weights": weights,
                 "embeddings": embeddings,
                 "trained_on": run.experiment.quantization.label,
