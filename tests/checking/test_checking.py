@@ -737,7 +737,7 @@ def test_the_command_says_what_is_wrong_and_what_is_not_shown(
     file.write_text(json.dumps(shipped("t4")))
     assert cli.main(["check", "results"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("not shown: results/t4.json: 2 rows without") and "1 records checked, 0 problems" in said
+    assert said.startswith("not shown: results/t4.json: 2 rows without") and "1 record checked, 0 problems" in said
     assert cli.main(["check", "results", "--strict"]) == 1
     file.write_text(json.dumps(timed(tmp_path)["t4"]))
     assert cli.main(["check", "results", "--strict"]) == 0

@@ -179,7 +179,8 @@ def test_a_run_that_fits_while_it_trains_fits_while_it_is_evaluated(shape, check
     plan = memory.plan(experiment, batch=batch, length=length, device="T4")
     assert plan.evaluation < plan.total
     assert plan.evaluation_rows >= batch
-    assert f"an evaluation of {plan.evaluation_rows} rows takes {plan.evaluation / MIB:,.1f} MiB" in str(plan)
+    rows = "1 row" if plan.evaluation_rows == 1 else f"{plan.evaluation_rows} rows"
+    assert f"an evaluation of {rows} takes {plan.evaluation / MIB:,.1f} MiB" in str(plan)
     if checkpointing and batch * length == 512:
         wished = experiment.override({"training.eval_batch_size": 64})
         assert training.evaluation_rows(wished, "cuda") == 64

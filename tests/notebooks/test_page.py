@@ -109,7 +109,8 @@ def test_a_long_table_is_folded_and_what_it_was_made_with_too(tmp_path: Path):
     (tmp_path / "run.json").write_text(json.dumps(state))
     shown = write_index(tmp_path).read_text()
     head = shown.partition("<section>")[0]
-    assert "<dd>Macro F1 0.123 (0.100 to 0.200) on the test rows; beside it no baseline</dd>" in head
+    few = "unsure, as there are few test rows"
+    assert f"<dd>Macro F1 0.123 (0.100 to 0.200) on the test rows; beside it no baseline; {few}</dd>" in head
     assert "<details><summary>made with</summary>" in head
     assert "<h3>few</h3>" in shown and "<summary>many: 31 rows</summary>" in shown
 

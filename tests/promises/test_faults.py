@@ -343,7 +343,7 @@ def test_the_plan_says_which_batch_would_fit(experiment):
         assert estimate.bytes(batch, 128) <= device.bytes < estimate.bytes(2 * batch, 128)
     assert "which fits: look whether something else" in _plan_says(experiment, device)
     said = _plan_says(experiment.override({"training.eval_batch_size": 4096}), device)
-    assert re.search(r"of 80 MiB, and [\d,]+ MiB for an evaluation of 4096 rows", said) and "fits" not in said
+    assert re.search(r"of 80 MiB, and [\d,]+ MiB for an evaluation of 4,096 rows", said) and "fits" not in said
     tiny = memory.Device("tiny", 2**20, (7, 5))
     assert "not even one row would fit" in _plan_says(experiment, tiny)
 

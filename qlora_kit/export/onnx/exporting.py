@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
+import importlib.util
 import math
 import shutil
 import tempfile
@@ -160,12 +160,10 @@ def _versions() -> dict[str, str]:
         KitError: When one of the packages is missing.
     """
     for package in PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
+        if importlib.util.find_spec(package) is None:
             raise KitError(
                 f'an export to ONNX needs {package}, which is not installed here: pip install "qlora_kit[export]"'
-            ) from error
+            )
     return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
