@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import logging
 import tempfile
@@ -184,7 +185,7 @@ class _Additions:
         byte = np.arange(256)
         pairs = np.stack((levels[byte >> 4], levels[byte & 15]), axis=1)
         # Equal levels have one table of pairs for all layers.
-        table = self.constant(f"pairs_{hash(pairs.tobytes()) & 0xFFFFFFFF:08x}", pairs)
+        table = self.constant(f"pairs_{hashlib.sha256(pairs.tobytes()).hexdigest()[:8]}", pairs)
         index = self.node("Cast", [self.constant(f"{name}.codes", packed)], f"{name}.bytes", to=TensorProto.INT32)
         numbers = self.node("Gather", [table, index], f"{name}.levels", axis=0)
         blocks = self.node(
