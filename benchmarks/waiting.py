@@ -6,8 +6,8 @@
 The preset `minilm_banking77_qlora` on this machine's CPU, with all its cores, in four ways. `spinning` is what
 OpenMP's runtime does by itself: a thread without work asks for some time whether there is more, and its core is busy
 meanwhile. `briefly` is what the kit sets (`qlora_kit.system.waiting`): it asks for a moment and then sleeps. `asleep`
-sleeps at once. `one_thread` has nobody to wait for. Beside them run processes that loop without end: none, one for
-every other core, and one for each core.
+sleeps at once. `one_thread` has nobody to wait for. Beside them run processes that loop without end, `--beside` says
+how many: by default none, one for every other core, and one for each core.
 
 A way is a process that stays; the ways take turns, and each turn times some steps, fewer where the time for a turn ends
 first. `step_seconds` is the median over the turns of a turn's mean, for some steps of a turn are short and others wait
@@ -45,6 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="steps a turn (20)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way beside each load (5)")
+    parser.add_argument("--beside", type=int, nargs="+", default=loads(), help="processes beside, one load each")
     parser.add_argument("--out", default="results/waiting.json")
     recording.add_options(parser)
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
@@ -55,8 +56,10 @@ def main() -> int:
     for name in ("steps", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be 1 or more")
+    if min(options.beside) < 0:
+        parser.error("--beside takes whole numbers from 0 on")
     provenance = recording.begin(options)
-    ready, turns = race(options.steps, options.repeats)
+    ready, turns = race(options.steps, options.repeats, sorted(set(options.beside)))
     rows = [
         provenance.stamped(row_of(ready[way], way, beside, turns[way, beside]), ready[way]["environment"])
         for way, beside in turns
@@ -80,26 +83,29 @@ def loads() -> list[int]:
     return sorted({0, max(1, cores // 2), cores})
 
 
-def race(steps: int, repeats: int) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, int], list[dict[str, float]]]]:
+def race(
+    steps: int, repeats: int, loads: list[int]
+) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, int], list[dict[str, float]]]]:
     """Let the ways take turns beside each load.
 
     Args:
         steps: Steps of a turn.
         repeats: Turns of each way beside each load.
+        loads: How many processes run beside, for each load.
 
     Returns:
         By way its `environment` and `batch` size, and by way and load its turns, each with its `steps` and `seconds`.
     """
     workers = {way: Worker([sys.executable, __file__, "--one", way]) for way in WAYS}
     ready: dict[str, dict[str, Any]] = {}
-    turns: dict[tuple[str, int], list[dict[str, float]]] = {(way, load): [] for load in loads() for way in WAYS}
+    turns: dict[tuple[str, int], list[dict[str, float]]] = {(way, load): [] for load in loads for way in WAYS}
     try:
         for way, worker in workers.items():
             ready[way] = worker.hear()
             if worker.problem is not None:
                 raise SystemExit(f"{way}: {worker.problem}")
         for repeat in range(repeats):
-            for load in loads():
+            for load in loads:
                 beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
                 try:
                     time.sleep(0.5)
