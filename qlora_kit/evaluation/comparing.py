@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import KitError
+from ..errors import KitError, either
 from ..metrics.differences import paired_difference
 from ..metrics.resampling import RESAMPLES
 from ..metrics.verdict import unsure
@@ -97,7 +97,8 @@ def _notes(runs: Sequence[Predictor], reports: Sequence[Mapping[str, Any]], gues
 def _report(run: Predictor) -> Mapping[str, Any]:
     report = run.evaluation
     if report is None:
-        raise KitError(f"{run.path} is not tested yet: call evaluate({str(run.path)!r}) first")
+        how = either(f"evaluate({str(run.path)!r})", f"qlora-kit evaluate {run.path}")
+        raise KitError(f"{run.path} is not tested yet: call {how} first")
     if "test" not in report.get("predictions", {}):
         raise KitError(f"{run.path / 'evaluation.json'} has no predictions of the test rows: call evaluate again")
     return report

@@ -33,6 +33,7 @@ from ..system.parsing import SCHEMA, read_json
 from .before_and_after import compared
 from .card import _pooling, _use, card
 from .modeling_pooled import PooledConfig, PooledForSequenceClassification
+from .place import new_place
 
 if TYPE_CHECKING:
     from ..data.rows import TextData
@@ -76,15 +77,13 @@ def merge(run: Predictor, to: str | Path, *, dtype: str = "fp32", progress: bool
           they refuse the folder; they never open it with a random head.
 
     Raises:
-        KitError: When `to` exists and is not an empty folder, `dtype` is none of these, the data is no longer what the
-            run was trained on, the head fits neither layout, or the base's class cannot be written and opened again.
-            All of this is checked before any weight is read.
+        KitError: When `to` exists and is not an empty folder or is in the run's folder, `dtype` is none of these, the
+            data is no longer what the run was trained on, the head fits neither layout, or the base's class cannot be
+            written and opened again. All of this is checked before any weight is read.
     """
-    target = Path(to)
     if dtype not in COMPUTE_DTYPES:
         raise unknown("dtype", dtype, list(COMPUTE_DTYPES))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise KitError(f"{target} is there already; nothing is overwritten: name a folder that does not exist yet")
+    target = new_place(run, to)
     tokenizer = load_tokenizer(run.experiment.model, run.path / "tokenizer")
     _rehearse(run, tokenizer.pad_token_id, COMPUTE_DTYPES[dtype])
     data = data_of(run)

@@ -29,6 +29,7 @@ from ..system.files import move_into_place, saving, sha256, write_json, write_te
 from ..system.parsing import read_json
 from .card import card
 from .merge import _pooled_config, _unquantized
+from .place import new_place
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +103,10 @@ def export_peft(run: Predictor, to: str | Path) -> Path:
         The folder.
 
     Raises:
-        KitError: When `to` is there already; for a run without adapters, a base of random weights, some layers of a
-            base under transformers' own head, and a head that cannot be written down.
+        KitError: When `to` is there already, or in the run's folder; for a run without adapters, a base of random
+            weights, some layers of a base under transformers' own head, and a head that cannot be written down.
     """
-    target = Path(to)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise KitError(f"{target} is there already; nothing is overwritten: name a folder that is not")
+    target = new_place(run, to)
     form = _form(run)
     with saving(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -320,8 +319,9 @@ def _notes(run: Predictor, form: _Form, stored: bool) -> list[str]:
         )
         notes.append(
             "PEFT looks for the class where this folder was written. Was it moved? Then open it in two steps: "
-            '`base = AutoModelForSequenceClassification.from_pretrained("this-folder", trust_remote_code=True)`, and '
-            '`model = PeftModel.from_pretrained(base, "this-folder")`.'
+            '`base = AutoModelForSequenceClassification.from_pretrained("this-folder", trust_remote_code=True'
+            + (", quantization_config=stored" if stored else "")
+            + ')`, and `model = PeftModel.from_pretrained(base, "this-folder")`.'
         )
     scheme = spec.quantization.scheme
     if stored:

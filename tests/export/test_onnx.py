@@ -117,6 +117,8 @@ def test_the_frozen_weights_stay_in_four_bits_and_the_adapters_beside_them(train
 
 @pytest.mark.long
 def test_in_32_bits_and_in_8_and_what_is_asked_for(trained, topics, tmp_path):
+    from qlora_kit.export.onnx.proof import opened
+
     run = trained("bert nf4 cosine")
     sizes = {}
     for name, weights, embeddings in (("a", "as_trained", "int8"), ("b", "fp32", "fp32"), ("c", "int8", "int8")):
@@ -129,11 +131,17 @@ def test_in_32_bits_and_in_8_and_what_is_asked_for(trained, topics, tmp_path):
             file.stat().st_size for file in (tmp_path / name).iterdir() if file.name not in ("README.md", "export.json")
         )
     assert sizes["b"] > 1.5 * sizes["a"]
+    # Inputs that are rounded together would make a text's probabilities depend on those beside it.
+    in_8_bits, some = opened(tmp_path / "c"), list(topics.test.texts[:12])
+    alone = np.concatenate([in_8_bits.predict_proba([text]) for text in some])
+    np.testing.assert_array_equal(in_8_bits.predict_proba(some), alone)
     assert check_equal(run, tmp_path / "b", list(topics.test.texts)) < 1e-4
     readme = (tmp_path / "b" / "README.md").read_text()
     assert f"{made['rows']} of {made['rows']} (test)" in readme
     _, issues = schemas.check([tmp_path / "a"])
     assert not issues
+    with pytest.raises(qk.KitError, match="in the run's own folder"):
+        run.export("onnx", run.path / "served", progress=False)
     with pytest.raises(qk.KitError, match="nothing is overwritten"):
         run.export("onnx", tmp_path / "a", progress=False)
 

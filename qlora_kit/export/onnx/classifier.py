@@ -40,7 +40,8 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
         folder: The folder with model.onnx, tokenizer.json, labels.json and settings.json; None for this file's own.
         threads: Threads of a prediction; None for as many as this process has cores.
         batch_size: Most texts that are computed at once. Texts of like length go together. Small batches are fastest on
-            a CPU, since fewer places are padded.
+            a CPU, since fewer places are padded. Weights in int8 take one text at a time, whatever is said here: else
+            a text's label would depend on the texts beside it.
     """
 
     def __init__(
@@ -132,8 +133,9 @@ class TextClassifier(ClassifierMixin, BaseEstimator):
         ids = self._ids(_texts(given))
         logits, probabilities = np.zeros((2, len(ids), len(self._labels)), np.float32)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
+        size = 1 if self._settings["one_at_a_time"] else self.batch_size
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
             fed = self._padded([ids[row] for row in rows])
             logits[rows], probabilities[rows] = self._session.run(["logits", "probabilities"], fed)
         return logits, probabilities

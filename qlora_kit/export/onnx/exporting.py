@@ -22,6 +22,7 @@ from ...system.arguments import FLAG, RUN, SHARE, TEXT, a_path, takes
 from ...system.environment import environment
 from ...system.files import move_into_place, plain, saving, write_json, write_text
 from ...system.parsing import SCHEMA
+from ..place import new_place
 
 RUNTIME = "onnx"
 WEIGHTS = ("as_trained", "fp32", "int8")
@@ -37,12 +38,13 @@ qlora_kit and needs nothing of it: `pip install onnxruntime tokenizers numpy`, a
 ```python
 from classifier import TextClassifier
 
-classify = TextClassifier("this-folder")
+classify = TextClassifier()
 print(classify.predict(["a text"]))
 print(classify.predict_proba(["a text"]).max(axis=1))
 ```
 
-Run it in this folder, or copy `classifier.py` to where your code is. `TextClassifier` is an estimator of scikit-learn.
+Run it in this folder. Elsewhere, copy `classifier.py` to where your code is, and name this folder:
+`TextClassifier("this-folder")`. It is an estimator of scikit-learn.
 In another language: `model.onnx` takes `input_ids` and `attention_mask` (int64, texts by tokens) and returns `logits`
 and `probabilities` (texts by labels, in the order of `labels.json`); `tokenizer.json` makes the ids, and
 `settings.json` says how many tokens a text may have.
@@ -66,7 +68,10 @@ STORED = {
         "ONNX\nRuntime computes the products' weights once, when it opens the file."
     ),
     "fp32": "The weights are the trained ones, written out in fp32: the frozen ones with the adapters added.",
-    "int8": "The weights of the products are rounded to 8 bits, and their inputs at each call.",
+    "int8": (
+        "The weights of the products are rounded to 8 bits, and their inputs at each call. So each text is computed "
+        "alone."
+    ),
 }
 
 
@@ -105,7 +110,7 @@ def export(
         `start_seconds`, `device`, `environment` and more.
 
     Raises:
-        KitError: For an unknown way to store; when a package is missing, `to` is there, the data
+        KitError: For an unknown way to store; when a package is missing, `to` is there or in the run's folder, the data
             is no longer what the run was trained on, the base cannot be traced, or the run's scheme cannot be exported;
             and when fewer rows are equal than `least_equal`.
     """
@@ -116,9 +121,7 @@ def export(
         if name not in allowed:
             raise unknown(what, name, allowed)
     versions = _versions()
-    target = Path(to)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise KitError(f"{target} is there already; nothing is overwritten: name a folder that is not")
+    target = new_place(run, to)
     data = data_of(run)
     split, texts = next(
         (name, part.texts)
@@ -216,6 +219,8 @@ def _write(run: Predictor, folder: Path, weights: str, embeddings: str, known: S
             "truncation_side": tokenizer.truncation_side,
             "padding_side": tokenizer.padding_side,
             "pad_token_id": tokenizer.pad_token_id,
+            # The inputs of products are rounded by the largest of all texts that are computed at once.
+            "one_at_a_time": weights == "int8",
         },
     )
     shutil.copyfile(Path(__file__).with_name("classifier.py"), folder / "classifier.py")
