@@ -135,7 +135,7 @@ def test_what_cannot_be_compared_is_refused(
     copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
     report = json.loads((copy / "evaluation.json").read_text("utf-8"))
     (copy / "evaluation.json").unlink()
-    assert "is not tested yet: call evaluate(" in refused(capsys, "compare", one, copy)
+    assert "is not tested yet: call qlora-kit evaluate " in refused(capsys, "compare", one, copy)
     del report["predictions"]
     (copy / "evaluation.json").write_text(json.dumps(report), "utf-8")
     assert "has no predictions of the test rows" in refused(capsys, "compare", one, copy)
