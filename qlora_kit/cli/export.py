@@ -12,7 +12,7 @@ SUMMARY = "write a run for ONNX Runtime, compared row by row, or for plain PEFT"
 EXAMPLES = """\
 examples:
   qlora-kit export runs/tickets served/tickets                                    weights in 4 bits, as trained
-  qlora-kit export runs/tickets served/small --embeddings int8                    the smallest with equal labels
+  qlora-kit export runs/tickets served/small --embeddings int8 --least-equal 0.999    smaller; a label may differ
   qlora-kit export runs/tickets served/fast --weights int8 --least-equal 0.97     fastest; some labels differ
   qlora-kit export runs/tickets adapters --runtime peft                           adapters and head, for plain PEFT
 
