@@ -158,7 +158,7 @@ def _compared(run: Predictor, folder: Path, tokenizer: Any, data: TextData, prog
 def _merged(run: Predictor, pad_token_id: int) -> Any:
     """Return the run's classifier with its adapters merged into the unquantized base, fp32, on the CPU."""
     model: Any = load_trained(
-        _unquantized(run.experiment),
+        unquantized(run.experiment),
         run.label_names,
         run.path / "adapter",
         device=torch.device("cpu"),
@@ -167,7 +167,8 @@ def _merged(run: Predictor, pad_token_id: int) -> Any:
     return model if run.experiment.lora is None else model.merge_and_unload(safe_merge=True)
 
 
-def _unquantized(experiment: Experiment) -> Experiment:
+def unquantized(experiment: Experiment) -> Experiment:
+    """Return the experiment with its base in full precision, as it is merged and handed on."""
     return experiment.override(
         {
             "quantization": dataclasses.asdict(type(experiment.quantization)(scheme="none")),
@@ -185,7 +186,7 @@ def _rehearse(run: Predictor, pad_token_id: int, dtype: torch.dtype) -> None:
         KitError: When the merged model could not be written or opened again.
     """
     meta = torch.device("meta")
-    shapes = _unquantized(run.experiment).override({"lora": None, "model.random_weights": True})
+    shapes = unquantized(run.experiment).override({"lora": None, "model.random_weights": True})
     with generators_kept(meta):
         model = build(shapes, run.label_names, device=meta, pad_token_id=pad_token_id)
     try:
@@ -228,7 +229,7 @@ def _plain(run: Predictor, model: Any, dtype: torch.dtype) -> tuple[Any, str]:
     fresh = classifier_config(run.experiment.model, run.label_names, pad_token_id=config.pad_token_id)
     with torch.device("meta"):
         if pooled or head == "cosine":
-            plain: Any = PooledForSequenceClassification(_pooled_config(run, model, fresh, dtype))
+            plain: Any = PooledForSequenceClassification(pooled_config(run, model, fresh, dtype))
             plain.base.to(dtype)
             sources = {"base": model.base_model, "classifier": getattr(model, head_modules(model)[0])}
             layout = WITH_CODE
@@ -252,7 +253,7 @@ def _plain(run: Predictor, model: Any, dtype: torch.dtype) -> tuple[Any, str]:
     return plain, layout
 
 
-def _pooled_config(run: Predictor, model: Any, base: transformers.PretrainedConfig, dtype: torch.dtype) -> PooledConfig:
+def pooled_config(run: Predictor, model: Any, base: transformers.PretrainedConfig, dtype: torch.dtype) -> PooledConfig:
     """Return the configuration of a merged classifier that transformers has no class for."""
     own = dict(base.to_dict())
     # One configuration may stand for two classes (Funnel's); AutoModel goes by the name that is written here.

@@ -28,7 +28,7 @@ from ..system.devices import generators_kept, quiet
 from ..system.files import move_into_place, saving, sha256, write_json, write_text
 from ..system.parsing import read_json
 from .card import card
-from .merge import _pooled_config, _unquantized
+from .merge import pooled_config, unquantized
 from .place import new_place
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _form(run: Predictor) -> _Form:
         raise KitError(f"a {spec.head} head is no class of transformers, and nothing says how to write it down")
     tokenizer = load_tokenizer(spec, run.path / "tokenizer")
     meta = torch.device("meta")
-    shapes = _unquantized(experiment).override({"lora": None, "model.random_weights": True})
+    shapes = unquantized(experiment).override({"lora": None, "model.random_weights": True})
     with generators_kept(meta):
         model: Any = build(shapes, run.label_names, device=meta, pad_token_id=tokenizer.pad_token_id)
     pooled, decoder = isinstance(model, PooledClassifier), is_decoder(model.config)
@@ -185,7 +185,7 @@ def _write(run: Predictor, form: _Form, folder: Path, place: str | None) -> None
     fresh = classifier_config(run.experiment.model, run.label_names, pad_token_id=form.model.config.pad_token_id)
     if form.with_code:
         checksum = sha256(folder / ADAPTER)
-        described = _pooled_config(run, form.model, fresh, torch.float32)
+        described = pooled_config(run, form.model, fresh, torch.float32)
         described.elsewhere = {"name": form.base, "revision": form.revision, "adapter": checksum}
         values = described.to_dict()
         values["base"] = _without(values["base"], "_name_or_path")  # a folder of this machine
