@@ -218,15 +218,17 @@ def pipeline(run: Any) -> Callable[[Sequence[str]], Any]:
 
 
 def merged(run: Any) -> Callable[[Sequence[str]], Any]:
+    import transformers
+
     from qlora_kit import export, models
-    from qlora_kit.config.sections import ModelSpec
 
     device = models.default_device()
     dtype = "fp16" if models.resolve_precision("auto", device) == "fp16" else "bf16"
     with tempfile.TemporaryDirectory() as folder:
         run.merge(Path(folder) / "merged", dtype=dtype, progress=False)
         model = export.load_merged(Path(folder) / "merged")
-        tokenizer = models.load_tokenizer(ModelSpec(str(Path(folder) / "merged")))  # has its own pad token
+        # Its own, for the pad token. The kit's loader takes no folder with code, which a pooled head brings.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(Path(folder) / "merged")
 
     def labels(texts: Sequence[str]) -> Any:
         logits = models.forward_texts(
